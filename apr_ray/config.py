@@ -1,0 +1,370 @@
+"""The one typed configuration: YAML files, `a.b=c` overrides, and errors that name the key.
+
+Every default stands here and nowhere else. `apr-ray config show` prints the whole tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from apr_ray.core.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskConfig(Section):
+    """Which task, and its own options."""
+
+    name: str = "countdown"
+    """Found among the entry points `apr_ray.tasks`."""
+    options: dict[str, Any] = {}
+    """Typed and checked by the task."""
+
+
+class ModelConfig(Section):
+    """A Llama-2 architecture (paper section 4.1); the defaults are `apr-tiny`."""
+
+    hidden_size: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive | None = None
+    """Key/value heads; as many as `heads` where not given."""
+    ffn_size: Positive = 344
+    context_tokens: Positive = 1024
+    rope_theta: PositiveFloat = 10000.0
+    initializer_range: PositiveFloat = 0.02
+    tied_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} over {self.heads} heads is not an even head size")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class DataConfig(Section):
+    """Problems and demonstrations."""
+
+    train_problems: Positive = 50_000
+    """Demonstrated problems; a problem counts once per solver seed."""
+    solver_seeds: Positive = 1
+    """Solver runs per problem."""
+    max_sequence_tokens: Positive = 1024
+    """Longer demonstrations are dropped, whole trees at a time, and counted."""
+    workers: Positive = 2
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed learner group."""
+
+    ranks: Positive = 1
+    zero_stage: Literal[0, 2] = 0
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Precision of matrix products; weights, optimiser and losses stay float32."""
+    micro_batch_tokens: Positive = 4096
+    """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
+    grad_clip: PositiveFloat = 1.0
+    cpus_per_rank: Rate = 0.5
+    """Ray CPUs reserved per rank. Learners and rollout workers take turns, so each may reserve half a core."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: PositiveFloat
+    warmup_steps: Count = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_fraction: Fraction = 0.0
+    """Learning rate at the end over its peak."""
+    weight_decay: Rate = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+
+
+class SftConfig(Section):
+    """Supervised training on demonstrations (paper section 3.2)."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=100, schedule="linear")
+    batch_tokens: Positive = 4096
+    """Real tokens per optimiser step, over all ranks."""
+    tokens: Positive = 10_000_000
+    """Tokens trained on in all."""
+    max_minutes: PositiveFloat | None = None
+    """Ends training by the clock; the schedule then follows the clock too."""
+    child_first_fraction: Fraction = 0.2
+    """First share of training in which only children's short sequences are shown (curriculum)."""
+    mask_prompt: bool = False
+    """False trains on all tokens, as the paper does."""
+    save_every: Positive = 500
+    log_every: Positive = 20
+
+
+class GrpoConfig(Section):
+    """GRPO over whole trees (paper section 3.3)."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    steps: Positive = 150
+    max_minutes: PositiveFloat | None = None
+    """Ends training by the clock, at the end of a step."""
+    problems_per_step: Positive = 64
+    group_size: Annotated[int, Field(ge=2)] = 5
+    inner_steps: Positive = 2
+    """Optimiser steps on each batch of rollouts."""
+    clip: PositiveFloat = 0.2
+    kl_coefficient: Rate = 0.001
+    temperature: PositiveFloat = 1.0
+    max_staleness: Count = 0
+    """A tree drawn under weights older than this many versions is not used."""
+    eval_every: Positive = 10
+    save_every: Positive = 10
+
+
+class BoundsConfig(Section):
+    """Bounds of one tree (contract 5); hitting one is a recorded outcome."""
+
+    max_depth: Count = 1
+    max_children: Positive = 16
+    """Children per spawn."""
+    max_rounds: Positive = 8
+    """Spawn rounds per thread."""
+    max_call_tokens: Positive = 1024
+    max_tree_tokens: Positive = 16_384
+    max_seconds: PositiveFloat = 300.0
+    cancel_on_success: bool = False
+    """Abort the siblings of a child that solved; they join as "Cancelled"."""
+
+
+class EngineConfig(Section):
+    """The inference engine of each rollout worker."""
+
+    name: Literal["torch", "sglang", "vllm"] = "torch"
+    max_sequences: Positive = 64
+    cache_slots: Count = 64
+    context_tokens: Positive | None = None
+    """Defaults to the model's."""
+    stream_interval: Positive = 16
+    """Tokens per streamed chunk."""
+
+
+class RolloutConfig(Section):
+    """The pool of rollout workers."""
+
+    workers: Annotated[int, Field(ge=1, description="a pool needs a worker")] = 2
+    concurrent_trees: Positive = 64
+    """Trees each worker runs at the same time."""
+    cpus_per_worker: Rate = 0.5
+
+
+class WeightsConfig(Section):
+    """Weight sync and its check."""
+
+    mismatch_tolerance: PositiveFloat = 1e-3
+    """Largest mean |Δ logprob| between engine and learner after a sync; above it the run stops."""
+    check_calls: Positive = 8
+    """Calls compared after each sync."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out problems."""
+
+    problems: Positive = 500
+    samples: Positive = 1
+    """Trees per problem at temperature > 0."""
+    temperatures: tuple[Rate, ...] = (0.0, 1.0)
+    split: Literal["heldout", "heldout_targets"] = "heldout"
+    during_training_problems: Positive = 100
+    traced_trees: Count = 3
+    """Trees per evaluation that go to the tracker as traces."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go."""
+
+    tracker: Literal["mlflow", "console", "none"] = "mlflow"
+    uri: str | None = None
+    """MLflow tracking URI; a SQLite file under `run.root` by default."""
+    experiment: str = "apr-ray"
+
+
+class RunConfig(Section):
+    """Names, places and seeds."""
+
+    root: str = "runs"
+    name: str | None = None
+    """Folder under `root`; made from the command and the time where not given."""
+    seed: int = 0
+
+
+class RayConfig(Section):
+    """How to reach Ray."""
+
+    address: str | None = None
+    """A running cluster's address ("auto" finds it); a private local Ray is started where not given."""
+    dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0 starts no dashboard."""
+
+
+class Config(Section):
+    """The whole tree."""
+
+    run: RunConfig = RunConfig()
+    ray: RayConfig = RayConfig()
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    init_from: str | None = None
+    """Checkpoint folder that training or evaluation begins with."""
+    data: DataConfig = DataConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sft: SftConfig = SftConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    bounds: BoundsConfig = BoundsConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> Config:
+        engine, model = self.engine.context_tokens, self.model.context_tokens
+        if engine is not None and engine > model and self.init_from is None:
+            raise ValueError(f"engine.context_tokens {engine} is above model.context_tokens {model}")
+        if self.data.max_sequence_tokens > model and self.init_from is None:
+            raise ValueError(
+                f"data.max_sequence_tokens {self.data.max_sequence_tokens} is above model.context_tokens {model}"
+            )
+        return self
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Later files override earlier ones, `a.b=c` overrides override files.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key (with the nearest known one), a bad value.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        path = Path(file)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read config {path}: {error.strerror}", "Check the path") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}", "Fix the file") from error
+        if data is not None and not isinstance(data, dict):
+            raise ConfigError(f"{path} holds a {type(data).__name__}", "A config is a mapping of sections")
+        tree = _merge(tree, data or {})
+    for override in overrides:
+        tree = _merge(tree, _override(override))
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """A plain mapping as a Config. Raises ConfigError naming key, value and remedy."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, Config) from None
+
+
+def parse_options(kind: Any, options: Mapping[str, Any], prefix: str) -> Any:
+    """A mapping as a task's own options dataclass; errors name the key under `prefix`."""
+    try:
+        _forbid_unknown(kind, options, prefix)
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as error:
+        raise _explain(error, kind, prefix) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree as YAML that `load_config` reads back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`a.b: 1 -> 2` for every leaf that differs."""
+
+    def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {k: v for key, sub in tree.items() for k, v in leaves(sub, f"{prefix}.{key}".lstrip(".")).items()}
+
+    a, b = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(part.isidentifier() for part in key.split(".")):
+        raise ConfigError(f"override {text!r} is not of the form a.b=value", "Write e.g. grpo.steps=20")
+    try:
+        tree: Any = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not YAML", "Quote it") from error
+    if isinstance(tree, str):
+        try:
+            tree = float(tree)  # YAML reads 1e-3 as text
+        except ValueError:
+            pass
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        known = out.get(key)
+        out[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _forbid_unknown(kind: Any, options: Mapping[str, Any], prefix: str) -> None:
+    """Dataclasses accept no extra="forbid" of their own; nested ones are walked by their defaults."""
+    import dataclasses
+    import typing
+
+    hints = typing.get_type_hints(kind)
+    for key, value in options.items():
+        if key not in hints:
+            raise _unknown_key(f"{prefix}.{key}", key, list(hints))
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _forbid_unknown(hints[key], value, f"{prefix}.{key}")
+
+
+def _unknown_key(path: str, key: str, known: Sequence[str]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(sorted(known))}"
+    return ConfigError(f"unknown config key {path!r}", hint)
+
+
+def _explain(error: ValidationError, kind: Any, prefix: str = "") -> ConfigError:
+    first = error.errors()[0]
+    path = ".".join(str(p) for p in (prefix, *first["loc"]) if p != "")
+    if first["type"] == "extra_forbidden":
+        section = kind
+        for part in first["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        return _unknown_key(path, str(first["loc"][-1]), list(section.model_fields))
+    message = first["msg"].removeprefix("Value error, ")
+    seen = "" if isinstance(first["input"], dict | Section) else f" (got {first['input']!r})"
+    return ConfigError(f"config {path or 'as a whole'}: {message}{seen}", "Run apr-ray config show for every key")

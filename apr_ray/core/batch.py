@@ -1,0 +1,88 @@
+"""What learners are fed: ragged token sequences with per-token weights that already hold every denominator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """Sequences laid end to end; sequence i is `[offsets[i], offsets[i + 1])` of every flat array.
+
+    `loss_weights` carry the global denominators: the loss of a batch is the plain sum over tokens of weight times
+    per-token loss, so that neither the split into micro-batches nor the number of ranks can change it (contract 3).
+
+    Attributes:
+        tokens: int64 [N].
+        loss_weights: float32 [N]; weight of predicting token t from those before it; 0 at a sequence's first token.
+        advantages: float32 [N].
+        behaviour_logprobs: float32 [N]; what the engine reported when it drew the token.
+        position_ids: int32 [N]; 0, 1, … within each sequence.
+        offsets: int64 [S + 1].
+        trained_tokens: how many tokens have a weight other than 0.
+    """
+
+    tokens: Array
+    loss_weights: Array
+    advantages: Array
+    behaviour_logprobs: Array
+    position_ids: Array
+    offsets: Array
+    trained_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Array:
+        """int64 [S]: tokens per sequence."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence_:
+    """One sequence before it is laid into a batch; all fields have one entry per token."""
+
+    tokens: Sequence[int]
+    loss_weights: Sequence[float]
+    advantages: Sequence[float] | None = None
+    behaviour_logprobs: Sequence[float] | None = None
+
+
+def lay_out(sequences: Sequence[Sequence_]) -> TrainBatch:
+    """Lay sequences end to end. Raises ValueError on an empty sequence or unequal lengths."""
+    lengths = [len(s.tokens) for s in sequences]
+    for sequence in sequences:
+        for name in ("loss_weights", "advantages", "behaviour_logprobs"):
+            column = getattr(sequence, name)
+            if column is not None and len(column) != len(sequence.tokens):
+                raise ValueError(f"{name} has {len(column)} entries for {len(sequence.tokens)} tokens")
+    if any(length == 0 for length in lengths):
+        raise ValueError("an empty sequence cannot be trained on")
+    offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    size = int(offsets[-1])
+    tokens = np.empty(size, dtype=np.int64)
+    columns = {name: np.zeros(size, dtype=np.float32) for name in ("loss_weights", "advantages", "behaviour_logprobs")}
+    position_ids = np.empty(size, dtype=np.int32)
+    for sequence, start, end in zip(sequences, offsets[:-1], offsets[1:], strict=True):
+        tokens[start:end] = sequence.tokens
+        position_ids[start:end] = np.arange(end - start)
+        for name, column in columns.items():
+            values = getattr(sequence, name)
+            if values is not None:
+                column[start:end] = values
+        columns["loss_weights"][start] = 0.0  # nothing precedes the first token
+    return TrainBatch(
+        tokens=tokens,
+        position_ids=position_ids,
+        offsets=offsets,
+        trained_tokens=int(np.count_nonzero(columns["loss_weights"])),
+        **columns,
+    )

@@ -1,0 +1,36 @@
+"""Errors a user can act on: what is wrong, the value seen, and what to do."""
+
+from __future__ import annotations
+
+
+class AprError(Exception):
+    """An error with a remedy; the command line prints it in one line.
+
+    Args:
+        what: what is wrong, with the value seen.
+        remedy: what the user should do about it.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.remedy}" if self.remedy else self.what
+
+
+class ConfigError(AprError):
+    """The configuration cannot be run as written."""
+
+
+class WeightsRejected(AprError):
+    """A weight update was refused whole; nothing of it was applied."""
+
+
+class MismatchError(AprError):
+    """Engine and learner disagree on logprobs by more than the tolerance."""
+
+
+class PartDied(AprError):
+    """An actor died; the message names which one."""

@@ -1,0 +1,249 @@
+"""The ledger of one reasoning: calls, spawns and joins, token by token, with what becomes of each sampled token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import Any, Protocol
+
+from apr_ray.core.engine import FinishReason, VersionSpan
+from apr_ray.core.weights import WeightVersion
+
+Path = tuple[int, ...]
+"""Where a thread stands in its tree: () is the root parent, (0, 2) the third child of the root's first child.
+Children are numbered over all spawn rounds of their parent."""
+
+
+class Problem(Protocol):
+    """A task's own frozen dataclass; others use nothing but its key and its JSON form."""
+
+    @property
+    def key(self) -> str:
+        """A stable, unique text."""
+        ...
+
+    def to_json(self) -> Mapping[str, Any]:
+        """A JSON object from which the task rebuilds the problem."""
+        ...
+
+
+class Disposition(str, Enum):
+    """What becomes of a sampled token in training."""
+
+    TRAINED = "trained"
+    REPLACED = "replaced"
+    ABORTED = "aborted"
+    ERROR = "error"
+    ZERO_ADVANTAGE = "zero_advantage"
+    STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A sampled token that the runtime took back and forced another in its place.
+
+    Attributes:
+        position: index into `Call.sampled_ids` of the forced token.
+        token_id, logprob: the token that was sampled there.
+    """
+
+    position: int
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One decoding of one thread.
+
+    Attributes:
+        path: the thread; `segment` counts its calls (a parent has one more than its spawn rounds).
+        prompt_ids: what the engine was given.
+        sampled_ids: what it then held, EOS or stop token included; positions in `forced` were not sampled.
+        logprobs: one per sampled id, at the sampling temperature; 0.0 at forced positions.
+        kv_version: the weights under which the KV of the prompt was computed at the end of the call.
+        start_s, end_s: seconds since the epoch.
+        first_token_s: when the first token came back.
+    """
+
+    path: Path
+    segment: int
+    prompt_ids: tuple[int, ...]
+    sampled_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    forced: tuple[int, ...]
+    replaced: tuple[Replaced, ...]
+    finish: FinishReason
+    versions: tuple[VersionSpan, ...]
+    kv_version: WeightVersion
+    seed: int
+    cached_tokens: int
+    start_s: float
+    first_token_s: float
+    end_s: float
+    engine_id: str
+    error: str = ""
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens drawn from the policy: forced ones are not, replaced ones are."""
+        return len(self.sampled_ids) - len(self.forced) + len(self.replaced)
+
+    def dispositions(self) -> Counter[Disposition]:
+        """How many sampled tokens go where; the counts add up to `sampled_tokens` (contract 4).
+
+        An aborted call was cut at a moment that depends on its siblings or on a clock, not on its own tokens: training
+        on it would reward being cut. A call that failed is not trusted.
+        """
+        kept = len(self.sampled_ids) - len(self.forced)
+        whole = {FinishReason.ABORTED: Disposition.ABORTED, FinishReason.ERROR: Disposition.ERROR}.get(self.finish)
+        counts: Counter[Disposition] = Counter()
+        if kept:
+            counts[whole or Disposition.TRAINED] = kept
+        if self.replaced:
+            counts[Disposition.REPLACED] = len(self.replaced)
+        return counts
+
+    def trained_positions(self) -> Iterator[int]:
+        """Indices into `sampled_ids` that carry loss."""
+        if self.finish in (FinishReason.ABORTED, FinishReason.ERROR):
+            return iter(())
+        forced = set(self.forced)
+        return (i for i in range(len(self.sampled_ids)) if i not in forced)
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """One spawn round: the call `(path, segment)` ended in a block that started these children."""
+
+    path: Path
+    segment: int
+    children: tuple[Path, ...]
+    labels: tuple[str, ...]
+
+
+class JoinOutcome(str, Enum):
+    """How a child ended, as its parent is told."""
+
+    SOLVED = "solved"
+    NO_SOLUTION = "no_solution"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """What the children of one spawn round brought back.
+
+    Attributes:
+        outcomes: one per child, in spawn order.
+        reasons: the named reason of each outcome ("" for a plain one; "length", "error", "bad_message", …).
+        joined_ids: the tokens that took the place of the spawn block in the parent's context.
+        kept_tokens: how many of the spawning call's sampled tokens stay before them.
+    """
+
+    path: Path
+    segment: int
+    outcomes: tuple[JoinOutcome, ...]
+    reasons: tuple[str, ...]
+    joined_ids: tuple[int, ...]
+    kept_tokens: int
+
+
+class Outcome(str, Enum):
+    """How a whole tree ended."""
+
+    ANSWERED = "answered"
+    NO_ANSWER = "no_answer"
+    TRUNCATED = "truncated"
+    CONTEXT_FULL = "context_full"
+    INVALID_SPAWN = "invalid_spawn"
+    BOUND_ROUNDS = "bound_rounds"
+    BOUND_CHILDREN = "bound_children"
+    BOUND_DEPTH = "bound_depth"
+    BOUND_TOKENS = "bound_tokens"
+    BOUND_TIME = "bound_time"
+    CANCELLED = "cancelled"
+    ENGINE_ERROR = "engine_error"
+
+
+@dataclass(frozen=True)
+class ThreadTree:
+    """One reasoning: every call of every thread, in the order (path, segment), and what came of it.
+
+    Attributes:
+        problem_key: whose attempt this is; `sample` numbers the attempts at one problem.
+        final_text: the root parent's whole context, joins included, without special tokens.
+        outcome, detail: a named reason and, where there is one, its particulars.
+    """
+
+    problem_key: str
+    sample: int
+    calls: tuple[Call, ...]
+    spawns: tuple[Spawn, ...]
+    joins: tuple[Join, ...]
+    final_text: str
+    outcome: Outcome
+    detail: str = ""
+    invalid_spawns: int = 0
+    reward: float | None = None
+    verdict: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def total_tokens(self) -> int:
+        """Tokens sampled in all threads (paper section 4)."""
+        return sum(call.sampled_tokens for call in self.calls)
+
+    @cached_property
+    def sequential_tokens(self) -> int:
+        """Tokens on the longest causal path: a thread's own segments plus, per join, its longest child (the span)."""
+        own: Counter[Path] = Counter()
+        for call in self.calls:
+            own[call.path] += call.sampled_tokens
+        rounds: dict[Path, list[Spawn]] = {}
+        for spawn in self.spawns:
+            rounds.setdefault(spawn.path, []).append(spawn)
+
+        def span(path: Path) -> int:
+            return own[path] + sum(max((span(c) for c in s.children), default=0) for s in rounds.get(path, ()))
+
+        return span(())
+
+    @cached_property
+    def children(self) -> int:
+        """Child threads started, over the whole tree."""
+        return sum(len(spawn.children) for spawn in self.spawns)
+
+    @cached_property
+    def depth(self) -> int:
+        """0 for a tree without children."""
+        return max((len(call.path) for call in self.calls), default=0)
+
+    @cached_property
+    def latency_s(self) -> float:
+        """Wall seconds from the first call's start to the last call's end."""
+        if not self.calls:
+            return 0.0
+        return max(c.end_s for c in self.calls) - min(c.start_s for c in self.calls)
+
+    def dispositions(self) -> Counter[Disposition]:
+        """Sum of its calls' dispositions."""
+        total: Counter[Disposition] = Counter()
+        for call in self.calls:
+            total.update(call.dispositions())
+        return total
+
+    def versions(self) -> set[WeightVersion]:
+        """All weight versions that any of its tokens were drawn under."""
+        return {span.version for call in self.calls for span in call.versions}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The trees sampled from one prompt: exactly `group_size` of them."""
+
+    problem_key: str
+    trees: tuple[ThreadTree, ...]

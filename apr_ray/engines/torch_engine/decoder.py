@@ -1,0 +1,177 @@
+"""A Llama forward pass over KV slots.
+
+Written by hand, where `transformers` has a model: its caches are made for batches that begin and end together, and its
+own continuous batching is ten times slower on a CPU (docs/stack facts; `apr-ray bench engine` compares with
+`generate`). Here rows have ragged positions, KV stays in place between calls, q/k/v and gate/up are one matrix each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Sizes of a Llama, from its Hugging Face `config.json`."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    context: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DecoderShape:
+        """From the parsed `config.json` of a Llama checkpoint."""
+        heads = config["num_attention_heads"]
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        return cls(
+            vocab=config["vocab_size"],
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            ffn=config["intermediate_size"],
+            context=config["max_position_embeddings"],
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            norm_eps=config["rms_norm_eps"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face parameter names to shapes: what a weight update must hold, no more and no less."""
+        q, kv, d = self.heads * self.head_size, self.kv_heads * self.head_size, self.hidden
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, d), "model.norm.weight": (d,)}
+        for i in range(self.layers):
+            layer = f"model.layers.{i}."
+            shapes |= {
+                layer + "self_attn.q_proj.weight": (q, d),
+                layer + "self_attn.k_proj.weight": (kv, d),
+                layer + "self_attn.v_proj.weight": (kv, d),
+                layer + "self_attn.o_proj.weight": (d, q),
+                layer + "mlp.gate_proj.weight": (self.ffn, d),
+                layer + "mlp.up_proj.weight": (self.ffn, d),
+                layer + "mlp.down_proj.weight": (d, self.ffn),
+                layer + "input_layernorm.weight": (d,),
+                layer + "post_attention_layernorm.weight": (d,),
+            }
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.vocab, d)
+        return shapes
+
+
+class Decoder:
+    """Weights and KV slots of one model; `forward` advances some rows by some tokens.
+
+    Args:
+        shape: sizes.
+        slots: rows of KV memory.
+        context: positions per slot.
+    """
+
+    def __init__(self, shape: DecoderShape, slots: int, context: int, device: str = "cpu") -> None:
+        self.shape = shape
+        self.device = torch.device(device)
+        size = (shape.layers, slots, shape.kv_heads, context + 1, shape.head_size)  # the last position takes padding
+        self.keys = torch.zeros(size, device=self.device)
+        self.values = torch.zeros(size, device=self.device)
+        half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
+        angles = torch.outer(torch.arange(context + 1, dtype=torch.float32), shape.rope_theta**-half)
+        self.cos = angles.cos().to(self.device)
+        self.sin = angles.sin().to(self.device)
+        self.positions = torch.arange(max(context + 1, slots), device=self.device)
+
+    def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Take over weights by Hugging Face names; the caller has checked them."""
+
+        def get(name: str) -> torch.Tensor:
+            return torch.tensor(state[name], dtype=torch.float32, device=self.device)  # a copy: the source may be shared
+
+        self.embed = get("model.embed_tokens.weight")
+        self.head = self.embed if self.shape.tied else get("lm_head.weight")
+        self.final_norm = get("model.norm.weight")
+        self.layers = []
+        for i in range(self.shape.layers):
+            at = f"model.layers.{i}."
+            self.layers.append(
+                (
+                    get(at + "input_layernorm.weight"),
+                    torch.cat([get(at + f"self_attn.{p}_proj.weight") for p in "qkv"]),
+                    get(at + "self_attn.o_proj.weight"),
+                    get(at + "post_attention_layernorm.weight"),
+                    torch.cat([get(at + f"mlp.{p}_proj.weight") for p in ("gate", "up")]),
+                    get(at + "mlp.down_proj.weight"),
+                )
+            )
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` positions of one slot's KV to another."""
+        self.keys[:, target, :, :tokens] = self.keys[:, source, :, :tokens]
+        self.values[:, target, :, :tokens] = self.values[:, source, :, :tokens]
+
+    @torch.inference_mode()
+    def forward(
+        self, rows: slice | torch.Tensor, tokens: torch.Tensor, start: torch.Tensor, count: torch.Tensor
+    ) -> torch.Tensor:
+        """Append tokens to rows and return the logits after each row's last one.
+
+        Args:
+            rows: which slots; a slice reads KV in place, an index tensor gathers it.
+            tokens: int64 [n, t], right-padded.
+            start: int64 [n]; tokens already in each slot.
+            count: int64 [n]; how many of the t tokens are real.
+
+        Returns:
+            float32 [n, vocab].
+        """
+        shape = self.shape
+        n, width = tokens.shape
+        heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
+        end = int((start + count).max())
+        # Padding lands beyond a row's end, where the next real token overwrites it before it is ever attended to, or
+        # in the spare last position.
+        positions = (start[:, None] + self.positions[:width]).clamp_(max=self.cos.shape[0] - 1)
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        mask = (self.positions[:end] <= positions[..., None])[:, None]
+        row_ids = self.positions[rows] if isinstance(rows, slice) else rows
+        x = self.embed[tokens]
+        for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
+            projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
+            q, k, v = projected.view(n, width, heads + 2 * kv_heads, size).transpose(1, 2).split(
+                (heads, kv_heads, kv_heads), dim=1
+            )
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            keys, values = self.keys[layer], self.values[layer]
+            if width == 1:
+                keys[row_ids, :, positions[:, 0]] = k[:, :, 0]
+                values[row_ids, :, positions[:, 0]] = v[:, :, 0]
+            else:
+                keys[row_ids[:, None], :, positions] = k.transpose(1, 2)
+                values[row_ids[:, None], :, positions] = v.transpose(1, 2)
+            attended = F.scaled_dot_product_attention(
+                q, keys[rows, :, :end], values[rows, :, :end], attn_mask=mask, enable_gqa=heads != kv_heads
+            )
+            x = x + F.linear(attended.transpose(1, 2).reshape(n, width, heads * size), out)
+            gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        last = x[torch.arange(n, device=self.device), count - 1] if width > 1 else x[:, 0]
+        return F.linear(F.rms_norm(last, (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding; x is [n, heads, t, size], cos and sin [n, 1, t, size / 2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

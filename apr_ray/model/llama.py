@@ -1,0 +1,103 @@
+"""Building, saving and loading the policy. `transformers` does the work; sizes come from `config.ModelConfig`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apr_ray.config import ModelConfig
+from apr_ray.core.errors import AprError
+from apr_ray.core.task import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def llama_config(model: ModelConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    """The Hugging Face config of a model over a tokenizer's vocabulary (Llama-2 architecture, paper section 4.1)."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads or model.heads,
+        intermediate_size=model.ffn_size,
+        max_position_embeddings=model.context_tokens,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tied_embeddings,
+        initializer_range=model.initializer_range,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=tokenizer.eos_id,
+        bos_token_id=None,
+        use_cache=False,
+    )
+
+
+def new_policy(model: ModelConfig, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised policy in float32; the same seed gives the same weights."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(llama_config(model, tokenizer))
+
+
+def load_policy(checkpoint: str | Path, tokenizer: Tokenizer | None = None) -> LlamaForCausalLM:
+    """A checkpoint's policy in float32.
+
+    Raises:
+        AprError: no checkpoint there, or its vocabulary is not the tokenizer's.
+    """
+    from transformers import LlamaForCausalLM
+
+    config = read_config(checkpoint)
+    if tokenizer is not None and config["vocab_size"] != tokenizer.vocab_size:
+        raise AprError(
+            f"checkpoint {checkpoint} has a vocabulary of {config['vocab_size']}, the task's has {tokenizer.vocab_size}",
+            "Give a checkpoint trained with this task's tokenizer, or train one: apr-ray sft",
+        )
+    return LlamaForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)
+
+
+def read_config(checkpoint: str | Path) -> dict[str, Any]:
+    """A checkpoint's `config.json`. Raises AprError where there is none, or it is not a Llama's."""
+    path = Path(checkpoint) / "config.json"
+    if not path.is_file():
+        raise AprError(f"no checkpoint at {checkpoint} (config.json is missing)", "Give a folder that apr-ray wrote")
+    data: dict[str, Any] = json.loads(path.read_text())
+    if data.get("model_type") != "llama":
+        raise AprError(f"{path} is a {data.get('model_type')!r} model", "Only Llama checkpoints are supported")
+    return data
+
+
+def save_policy(policy: Any, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Weights (safetensors), config and tokenizer in Hugging Face form; complete or not there at all."""
+    final = Path(directory)
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    policy.save_pretrained(partial)
+    tokenizer.save(str(partial))
+    replace_directory(partial, final)
+
+
+def replace_directory(partial: Path, final: Path) -> None:
+    """Put a finished folder in its place; a reader sees the old one or the new one, whole."""
+    if final.exists():
+        import shutil
+
+        old = final.with_name(f".{final.name}.old-{os.getpid()}")
+        os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, final)
+
+
+def parameter_count(policy: Any) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in policy.parameters())

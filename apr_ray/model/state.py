@@ -1,0 +1,75 @@
+"""Weights as data: from a model to one flat buffer, from a buffer back, and the checks between."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from apr_ray.core.errors import WeightsRejected
+from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
+
+
+def pack_weights(parameters: Iterable[tuple[str, torch.Tensor]], version: WeightVersion) -> WeightUpdate:
+    """All parameters, by their Hugging Face names, in one float32 buffer.
+
+    Other dtypes are converted to float32, which holds bfloat16 and float16 exactly.
+    """
+    named = list(parameters)
+    flat = np.empty(sum(t.numel() for _, t in named), dtype=np.float32)
+    into = torch.from_numpy(flat)
+    specs = []
+    offset = 0
+    for name, tensor in named:
+        into[offset : offset + tensor.numel()].copy_(tensor.detach().reshape(-1))
+        specs.append(TensorSpec(name, tuple(tensor.shape), offset))
+        offset += tensor.numel()
+    return WeightUpdate(version, tuple(specs), flat, zlib.crc32(memoryview(flat).cast("B")))
+
+
+def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], current: WeightVersion) -> None:
+    """Raise WeightsRejected, naming the first fault, unless the update can be applied whole.
+
+    Args:
+        update: what came.
+        expected: parameter names to shapes.
+        current: the version now running; the update's must be newer.
+    """
+
+    def refuse(what: str) -> None:
+        raise WeightsRejected(f"weights {update.version} refused: {what}", "Nothing was applied; send a full update")
+
+    if update.version <= current:
+        refuse(f"the engine already runs {current}")
+    if update.flat.dtype != np.float32 or update.flat.ndim != 1:
+        refuse(f"the buffer is {update.flat.dtype} with {update.flat.ndim} dimensions, not flat float32")
+    shapes = {spec.name: spec.shape for spec in update.specs}
+    if len(shapes) != len(update.specs):
+        refuse("a parameter is named twice")
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes:
+            refuse(f"{name} is missing")
+        if name not in expected:
+            refuse(f"{name} is unknown")
+        if shapes[name] != expected[name]:
+            refuse(f"{name} has shape {shapes[name]}, expected {expected[name]}")
+    end = 0
+    for spec in update.specs:
+        if spec.offset != end:
+            refuse(f"{spec.name} begins at {spec.offset}, expected {end}")
+        end += int(np.prod(spec.shape, dtype=np.int64))
+    if end != update.flat.size:
+        refuse(f"the buffer holds {update.flat.size} numbers, its parameters {end}")
+    if zlib.crc32(memoryview(np.ascontiguousarray(update.flat)).cast("B")) != update.checksum:
+        refuse("the checksum is wrong")
+    if not np.isfinite(update.flat).all():
+        bad = next(s.name for s in update.specs if not np.isfinite(update.state_dict()[s.name]).all())
+        refuse(f"{bad} holds a number that is not finite")
+
+
+def trainable_parameters(policy: Any) -> list[tuple[str, torch.Tensor]]:
+    """Parameters by Hugging Face name, tied ones once, in a stable order."""
+    return list(policy.named_parameters())

@@ -1,0 +1,122 @@
+"""Trees and demonstrations become batches; batches become micro-batches for ranks.
+
+Invariants (tested by properties):
+- the weights of a GRPO batch give each tree the same mass 1/trees, each trained call of a tree an equal share of it,
+  and each trained token of a call an equal share of that (paper section 3.3);
+- a batch's dispositions add up to the tokens sampled in its trees;
+- the micro-batches of a plan hold every sequence of the batch exactly once, and every rank gets as many of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from apr_ray.core.batch import Sequence_, TrainBatch, lay_out
+from apr_ray.core.ledger import Call, Disposition, Group
+from apr_ray.rl.advantages import group_advantages
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoBatch:
+    """A batch with what became of every sampled token."""
+
+    batch: TrainBatch
+    dispositions: Counter[Disposition]
+    zero_variance_groups: int
+
+
+def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool) -> GrpoBatch:
+    """Trees with rewards as one batch; the same advantage for every call of a tree.
+
+    Args:
+        groups: every tree must have its reward.
+        skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
+            is 0 then. Their tokens are counted, and their trees stay in the denominator.
+    """
+    total_trees = sum(len(group.trees) for group in groups)
+    sequences: list[Sequence_] = []
+    dispositions: Counter[Disposition] = Counter()
+    zero_variance = 0
+    for group in groups:
+        rewards = [tree.reward for tree in group.trees]
+        if any(reward is None for reward in rewards):
+            raise ValueError(f"group {group.problem_key} has a tree without a reward")
+        advantages = group_advantages([float(r) for r in rewards if r is not None])
+        zero_variance += not any(advantages)
+        for tree, advantage in zip(group.trees, advantages, strict=True):
+            counts = tree.dispositions()
+            if skip_zero_advantage and advantage == 0.0:
+                dispositions[Disposition.ZERO_ADVANTAGE] += counts.pop(Disposition.TRAINED, 0)
+                dispositions.update(counts)
+                continue
+            dispositions.update(counts)
+            trained = [(call, list(call.trained_positions())) for call in tree.calls]
+            trained = [(call, positions) for call, positions in trained if positions]
+            for call, positions in trained:
+                weight = 1.0 / (len(positions) * len(trained) * total_trees)
+                sequences.append(_call_sequence(call, positions, weight, advantage))
+    return GrpoBatch(lay_out(sequences), dispositions, zero_variance)
+
+
+def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantage: float) -> Sequence_:
+    """One call: prompt and forced tokens have weight 0."""
+    start = len(call.prompt_ids)
+    size = start + len(call.sampled_ids)
+    weights = np.zeros(size, dtype=np.float32)
+    weights[start + np.asarray(positions)] = weight
+    logprobs = np.zeros(size, dtype=np.float32)
+    logprobs[start:] = call.logprobs
+    advantages: Any = np.full(size, advantage, dtype=np.float32)
+    return Sequence_((*call.prompt_ids, *call.sampled_ids), weights, advantages, logprobs)  # type: ignore[arg-type]
+
+
+def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]], *, mask_prompt: bool) -> TrainBatch:
+    """Demonstrations as one batch: the mean over all trained tokens (paper section 3.2).
+
+    Args:
+        sequences: token ids, and how many of them are prompt.
+        mask_prompt: train on completions only.
+    """
+    masked = [(ids, prompt if mask_prompt else 1) for ids, prompt in sequences]  # nothing precedes the first token
+    trained = sum(len(ids) - skip for ids, skip in masked)
+    out = []
+    for ids, skip in masked:
+        weights = np.full(len(ids), 1.0 / trained, dtype=np.float32)
+        weights[:skip] = 0.0
+        out.append(Sequence_(ids, weights))  # type: ignore[arg-type]
+    return lay_out(out)
+
+
+def plan_micro_batches(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Which sequences go together: `plan[rank][i]` lists sequence indices.
+
+    Sequences are sorted by length, so that padding is small, and grouped so that rows times longest row stay within the
+    budget (a longer sequence goes alone). Micro-batches are dealt to the rank with the least padded tokens so far; all
+    ranks get as many (an empty list where there is nothing left), because ranks reduce gradients in step.
+    """
+    if budget < 1 or ranks < 1:
+        raise ValueError(f"budget {budget} and ranks {ranks} must be positive")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    share = -(-sum(lengths) // ranks)
+    limit = min(budget, share) if ranks > 1 else budget  # one micro-batch must not leave the other ranks idle
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= limit:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for group in sorted(groups, key=lambda g: -len(g) * lengths[g[0]]):
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        plan[rank].append(group)
+        load[rank] += len(group) * lengths[group[0]]
+    most = max((len(p) for p in plan), default=0)
+    for part in plan:
+        part.extend([] for _ in range(most - len(part)))
+    return plan

@@ -1,0 +1,1 @@
+"""Tasks, one folder each, found by the entry point group `apr_ray.tasks`."""

@@ -1,0 +1,1 @@
+"""Countdown: combine every given number exactly once with + - * / to reach the target."""

@@ -1,0 +1,143 @@
+"""Countdown problems: what one is, which split it belongs to, and how solvable ones are sampled."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import Any
+
+from apr_ray.core.errors import AprError
+from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
+
+MAX_NUMBERS = 6
+ENUMERATED_MULTISETS = 200_000
+"""Up to this many multisets a space is enumerated whole; above, it is sampled and rejected."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountdownProblem:
+    """Combine `numbers`, each exactly once, to reach `target`."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.numbers) <= MAX_NUMBERS:
+            raise AprError(f"{len(self.numbers)} numbers given", f"Give between 2 and {MAX_NUMBERS}")
+        if any(n < 0 for n in self.numbers) or self.target < 0:
+            raise AprError(f"negative number in {self.numbers} -> {self.target}", "Use non-negative integers")
+
+    @property
+    def key(self) -> str:
+        """Order of the numbers included: `3,5,7->22`."""
+        return f"{','.join(map(str, self.numbers))}->{self.target}"
+
+    @property
+    def split_key(self) -> str:
+        """Order left out, so that a permuted train problem cannot stand in the held-out split."""
+        return f"{','.join(map(str, sorted(self.numbers)))}->{self.target}"
+
+    def to_json(self) -> Mapping[str, Any]:
+        """`{"numbers": [...], "target": t}`."""
+        return {"numbers": list(self.numbers), "target": self.target}
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemSpace:
+    """Which problems there are, and how they are split.
+
+    Attributes:
+        count: numbers per problem.
+        low, high: range of the numbers, both ends included.
+        target_low, target_high: range of the targets, both ends included.
+        heldout_fraction: share of (multiset, target) pairs held out for evaluation.
+        heldout_targets_fraction: share of targets none of whose problems are trained on.
+    """
+
+    count: int = 4
+    low: int = 1
+    high: int = 99
+    target_low: int = 10
+    target_high: int = 100
+    heldout_fraction: float = 0.1
+    heldout_targets_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.count <= MAX_NUMBERS:
+            raise AprError(f"task.count is {self.count}", f"Use between 2 and {MAX_NUMBERS}")
+        if not 0 <= self.low <= self.high:
+            raise AprError(f"number range {self.low}..{self.high} is empty", "Use 0 <= low <= high")
+        if not 0 <= self.target_low <= self.target_high:
+            raise AprError(f"target range {self.target_low}..{self.target_high} is empty", "Use low <= high")
+        for name in ("heldout_fraction", "heldout_targets_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise AprError(f"task.{name} is {value}", "Use a fraction in [0, 1)")
+
+    def split_of(self, problem: CountdownProblem) -> str:
+        """"train", "heldout" or "heldout_targets", by stable hashes alone: the same on any machine."""
+        if _unit_hash(f"target:{problem.target}") < self.heldout_targets_fraction:
+            return "heldout_targets"
+        if _unit_hash(f"pair:{problem.split_key}") < self.heldout_fraction:
+            return "heldout"
+        return "train"
+
+    def sample(self, split: str, count: int, seed: int) -> list[CountdownProblem]:
+        """`count` solvable problems of a split, distinct by (multiset, target) except in "train", by order there.
+
+        Raises AprError where the split holds fewer, naming how many it has.
+        """
+        if split not in ("train", "heldout", "heldout_targets"):
+            raise AprError(f"unknown split {split!r}", "Use train, heldout or heldout_targets")
+        rng = random.Random(f"{split}:{seed}:{self}")
+        multisets = math.comb(self.high - self.low + self.count, self.count)
+        draw = self._draw_enumerated if multisets <= ENUMERATED_MULTISETS else self._draw_rejected
+        found: dict[str, CountdownProblem] = {}
+        for problem in draw(split, rng):
+            found.setdefault(problem.key if split == "train" else problem.split_key, problem)
+            if len(found) == count:
+                return list(found.values())
+        raise AprError(
+            f"split {split!r} of {self} holds {len(found)} solvable problems, {count} were asked for",
+            "Widen the number or target range, or ask for fewer",
+        )
+
+    def solvable_pairs(self) -> list[CountdownProblem]:
+        """Every solvable (multiset, target) pair, sorted; only for spaces small enough to enumerate."""
+        targets = range(self.target_low, self.target_high + 1)
+        numbers = range(self.low, self.high + 1)
+        return [
+            CountdownProblem(multiset, target)
+            for multiset in combinations_with_replacement(numbers, self.count)
+            for target in sorted(reachable_targets(multiset).intersection(targets))
+        ]
+
+    def _draw_enumerated(self, split: str, rng: random.Random) -> Iterator[CountdownProblem]:
+        pairs = [p for p in self.solvable_pairs() if self.split_of(p) == split]
+        passes = 4 * math.factorial(self.count) if split == "train" else 1  # a pair has up to count! orders
+        for _ in range(passes):
+            rng.shuffle(pairs)
+            for pair in pairs:
+                yield CountdownProblem(tuple(rng.sample(pair.numbers, self.count)), pair.target)
+
+    def _draw_rejected(self, split: str, rng: random.Random) -> Iterator[CountdownProblem]:
+        misses = 0
+        while misses < 100_000:
+            problem = CountdownProblem(
+                tuple(rng.randint(self.low, self.high) for _ in range(self.count)),
+                rng.randint(self.target_low, self.target_high),
+            )
+            if self.split_of(problem) == split and is_solvable(problem.numbers, problem.target):
+                misses = 0
+                yield problem
+            else:
+                misses += 1
+
+
+def _unit_hash(text: str) -> float:
+    """A stable hash of a text in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

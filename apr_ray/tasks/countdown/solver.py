@@ -1,0 +1,321 @@
+"""Symbolic solvers that write demonstrations: SoS+ (one thread) and APR (a parent that spawns children).
+
+Best-first search with a beam: pop up to `beam` nodes, expand each, keep its `beam` best successors, write them in
+shuffled order, push them. One coin per expansion decides whether all its successors are searched at once (SoS+: inside
+the same text; APR: one child thread each) instead of being pushed. Every random choice comes from one generator seeded
+by the problem and the solver seed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from apr_ray.core.errors import AprError
+from apr_ray.core.ledger import JoinOutcome
+from apr_ray.core.task import ChildResult
+from apr_ray.tasks.countdown.arithmetic import Operation, combine
+from apr_ray.tasks.countdown.grammar import (
+    EQUAL,
+    NO_SOLUTION,
+    ROOT,
+    SUB_NO_SOLUTION,
+    UNEQUAL,
+    ExitSubSearch,
+    Explore,
+    Generate,
+    Move,
+    Node,
+    State,
+    SubSearch,
+)
+from apr_ray.tasks.countdown.problem import CountdownProblem
+from apr_ray.tasks.countdown.spawn_join import child_prompt, join_block, spawn_block
+
+
+@dataclass(frozen=True, slots=True)
+class SolverOptions:
+    """Ranges the solver draws from; all ends included.
+
+    Attributes:
+        beam_low, beam_high: the parent's (or the only thread's) beam.
+        child_beam_high: a child's beam is drawn from its parent's beam up to this.
+        promising: probability of the coin.
+    """
+
+    beam_low: int = 1
+    beam_high: int = 10
+    child_beam_high: int = 15
+    promising: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beam_low <= self.beam_high:
+            raise AprError(f"beam range {self.beam_low}..{self.beam_high} is empty", "Use 1 <= beam_low <= beam_high")
+        if self.child_beam_high < self.beam_high:
+            raise AprError(
+                f"child_beam_high {self.child_beam_high} is below beam_high {self.beam_high}",
+                "A child's beam is drawn from its parent's beam upwards: raise child_beam_high",
+            )
+        if not 0 <= self.promising <= 1:
+            raise AprError(f"promising is {self.promising}", "Use a probability")
+
+
+APR_PAPER = SolverOptions()
+SOSP_PAPER = SolverOptions(beam_low=1, beam_high=5, child_beam_high=5, promising=0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class AprTrace:
+    """What the APR solver wrote.
+
+    Attributes:
+        segments: the parent's calls as (prompt, completion); all but the last completion end in a spawn block.
+        children: per spawn block, each child's (prompt, completion).
+    """
+
+    segments: tuple[tuple[str, str], ...]
+    children: tuple[tuple[tuple[str, str], ...], ...]
+    solved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A node of the search, with the states from its thread's start down to it."""
+
+    node: Node
+    state: State
+    trail: tuple[tuple[Node, State], ...]
+    """Nodes before this one, from the start of the thread."""
+
+
+def rng_for(problem: CountdownProblem, solver_seed: int) -> random.Random:
+    """The one generator of a solver run; the text of the problem, not its hash, seeds it, so it is the same anywhere."""
+    return random.Random(f"{problem.key}#{solver_seed}")
+
+
+def root_state(problem: CountdownProblem) -> State:
+    """The state a search begins from."""
+    return State(problem.target, problem.numbers, ())
+
+
+def factor_distance(value: int, factors: Sequence[int]) -> int:
+    """Distance to the nearest factor."""
+    return min(abs(value - factor) for factor in factors)
+
+
+@lru_cache(maxsize=4096)
+def factors_of(target: int) -> tuple[int, ...]:
+    """Factors >= 2 of a target; the target itself for targets below 2."""
+    return tuple(f for f in range(2, target + 1) if target % f == 0) or (target,)
+
+
+@lru_cache(maxsize=1_000_000)
+def _distance(value: int, target: int) -> int:
+    return factor_distance(value, factors_of(target))
+
+
+def heuristic(numbers: Sequence[int], target: int) -> int:
+    """Sum over the numbers of the distance to the target's nearest factor; lower is more promising."""
+    return sum(_distance(number, target) for number in numbers)
+
+
+def _successors(state: State, beam: int, rng: random.Random) -> list[tuple[int, Operation, tuple[int, ...]]]:
+    """The `beam` best successors as (heuristic, operation, numbers), in the shuffled order they are written in."""
+    numbers, target = state.numbers, state.target
+    found = []
+    distances = [_distance(n, target) for n in numbers]
+    total = sum(distances)
+    for i in range(len(numbers)):
+        for j in range(i + 1, len(numbers)):
+            rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
+            base = total - distances[i] - distances[j]
+            for a, op, b, result in combine(numbers[i], numbers[j]):
+                found.append((base + _distance(result, target), a, op, b, result, rest))
+    best = heapq.nsmallest(beam, found, key=lambda item: item[0])
+    rng.shuffle(best)
+    return [(score, Operation(a, op, b, result), (*rest, result)) for score, a, op, b, result, rest in best]
+
+
+def _restated(trail: Sequence[tuple[Node, State]], last: Operation, target: int) -> str:
+    """The whole path again, from the first node of the trail to the equal line."""
+    lines = []
+    for position, (node, state) in enumerate(trail):
+        lines += [Move(node).text(), state.text()]
+        if position + 1 < len(trail):
+            next_node, next_state = trail[position + 1]
+            operation = next_state.operations[-1]
+            lines.append(Explore(operation, next_state.numbers).text())
+            lines.append(Generate(next_node, target, next_state.numbers, operation).text())
+    lines.append(Explore(last, (target,)).text())
+    lines.append(f"{target},{target}{EQUAL}")
+    return "\n".join(lines) + "\n"
+
+
+class _Search:
+    """One thread's search, written line by line into `out`."""
+
+    def __init__(self, start: _Point, beam: int, rng: random.Random) -> None:
+        self.start = start
+        self.beam = beam
+        self.rng = rng
+        self.out: list[str] = []
+        self.heap: list[tuple[int, int, _Point]] = [(0, 0, start)]
+        self.pushed = 0
+
+    def batches(self) -> list[_Point]:
+        """Pop up to `beam` nodes, best first."""
+        return [heapq.heappop(self.heap)[2] for _ in range(min(self.beam, len(self.heap)))]
+
+    def push(self, successors: Sequence[tuple[int, _Point]]) -> None:
+        """Put successors on the heap; equal ones come out in the order they went in."""
+        for score, point in successors:
+            self.pushed += 1
+            heapq.heappush(self.heap, (score, self.pushed, point))
+
+    def expand(self, point: _Point) -> tuple[list[tuple[int, _Point]], Operation | None]:
+        """Write a node's expansion; returns the nodes generated, and the operation that reached the target, if one."""
+        write = self.out.append
+        generated: list[tuple[int, _Point]] = []
+        target = point.state.target
+        trail = (*point.trail, (point.node, point.state))
+        for score, operation, numbers in _successors(point.state, self.beam, self.rng):
+            write(Explore(operation, numbers).text())
+            if len(numbers) > 1:
+                node = (*point.node, len(generated))
+                state = State(target, numbers, (*point.state.operations, operation))
+                write(Generate(node, target, numbers, operation).text())
+                generated.append((score, _Point(node, state, trail)))
+            elif numbers[0] == target:
+                write(f"{target},{target}{EQUAL}")
+                return generated, operation
+            else:
+                write(f"{numbers[0]},{target}{UNEQUAL}")
+        return generated, None
+
+    def text(self) -> str:
+        return "".join(line + "\n" for line in self.out)
+
+
+def _child_search(start: _Point, beam: int, rng: random.Random) -> tuple[str, tuple[tuple[Node, State], ...], Operation | None]:
+    """A child's whole completion (without its two prompt lines), and the path and last operation of its solution."""
+    search = _Search(_Point(start.node, start.state, ()), beam, rng)
+    first = True
+    while search.heap:
+        for point in search.batches():
+            if not first:
+                search.out += [Move(point.node).text(), point.state.text()]
+            first = False
+            generated, last = search.expand(point)
+            if last is not None:
+                trail = (*point.trail, (point.node, point.state))
+                return search.text() + _restated(trail, last, start.state.target), trail, last
+            search.push(generated)
+    return search.text() + NO_SOLUTION + "\n", (), None
+
+
+def solve_apr(problem: CountdownProblem, solver_seed: int, options: SolverOptions = APR_PAPER) -> AprTrace:
+    """One APR demonstration: after a parent's expansion with more than one successor, with probability `promising`,
+    one child per kept successor is spawned in ascending order of heuristic, and none of them is pushed."""
+    rng = rng_for(problem, solver_seed)
+    beam = rng.randint(options.beam_low, options.beam_high)
+    child_beam = rng.randint(beam, options.child_beam_high)
+    return _solve_apr(problem, beam, child_beam, options.promising, rng)
+
+
+def _solve_apr(
+    problem: CountdownProblem, beam: int, child_beam: int, promising: float, rng: random.Random
+) -> AprTrace:
+    target = problem.target
+    search = _Search(_Point(ROOT, root_state(problem), ()), beam, rng)
+    prompt = child_prompt(ROOT, root_state(problem))
+    context = prompt + "\n"  # what the parent's next call is given; the first prompt itself ends without a newline
+    segments: list[tuple[str, str]] = []
+    rounds: list[tuple[tuple[str, str], ...]] = []
+    first = True
+    while search.heap:
+        for point in search.batches():
+            if not first:
+                search.out += [Move(point.node).text(), point.state.text()]
+            first = False
+            generated, last = search.expand(point)
+            if last is not None:
+                trail = (*point.trail, (point.node, point.state))
+                segments.append((prompt, _after(prompt, search.text() + _restated(trail, last, target))))
+                return AprTrace(tuple(segments), tuple(rounds), True)
+            if len(generated) <= 1 or rng.random() >= promising:
+                search.push(generated)
+                continue
+            ordered = sorted(generated, key=lambda item: item[0])
+            nodes = [child.node for _, child in ordered]
+            segments.append((prompt, _after(prompt, search.text() + spawn_block(nodes, 1))))
+            searched = [_child_search(child, child_beam, rng) for _, child in ordered]
+            prompts = [child_prompt(child.node, child.state) for _, child in ordered]
+            rounds.append(tuple((p, "\n" + text) for p, (text, _, _) in zip(prompts, searched, strict=True)))
+            results = [
+                ChildResult(JoinOutcome.NO_SOLUTION)
+                if won is None
+                else ChildResult(JoinOutcome.SOLVED, _restated(trail, won, target).removesuffix("\n"))
+                for _, trail, won in searched
+            ]
+            context += search.text() + join_block(nodes, results, 1)
+            prompt = context
+            search.out.clear()
+            for (_, child), (_, trail, won) in zip(ordered, searched, strict=True):
+                if won is not None:
+                    whole = (*child.trail, *trail)
+                    text = f"{target},{target}{EQUAL}\n" + _restated(whole, won, target)
+                    segments.append((prompt, text))
+                    return AprTrace(tuple(segments), tuple(rounds), True)
+    segments.append((prompt, _after(prompt, search.text() + NO_SOLUTION + "\n")))
+    return AprTrace(tuple(segments), tuple(rounds), False)
+
+
+def _after(prompt: str, text: str) -> str:
+    """A completion's text: it begins with the newline that a first prompt ends without."""
+    return text if prompt.endswith("\n") else "\n" + text
+
+
+def solve_sosp(
+    problem: CountdownProblem, solver_seed: int, options: SolverOptions = SOSP_PAPER
+) -> tuple[str, str, bool]:
+    """One SoS+ demonstration as (prompt, completion, solved); its prompt is the "Current State" line alone."""
+    rng = rng_for(problem, solver_seed)
+    beam = rng.randint(options.beam_low, options.beam_high)
+    start = _Point(ROOT, root_state(problem), ())
+    out: list[str] = []
+    solved = _search_sosp(start, 0, beam, options.promising, rng, out)
+    return start.state.text(), "\n" + "".join(line + "\n" for line in out), solved
+
+
+def _search_sosp(
+    start: _Point, level: int, beam: int, promising: float, rng: random.Random, out: list[str]
+) -> bool:
+    """Write one (sub) search after its "Current State" line; a failed one ends in "No solution found."."""
+    search = _Search(start, beam, rng)
+    search.out = out
+    first = True
+    while search.heap:
+        for point in search.batches():
+            if not first:
+                out += [Move(point.node).text(), point.state.text()]
+            first = False
+            generated, last = search.expand(point)
+            if last is not None:
+                trail = (*point.trail, (point.node, point.state))
+                out += _restated(trail, last, point.state.target).removesuffix("\n").split("\n")
+                return True
+            if not generated or rng.random() >= promising:
+                search.push(generated)
+                continue
+            for _, child in sorted(generated, key=lambda item: item[0]):
+                out += [SubSearch(level + 1, child.node).text(), child.state.text()]
+                solved = _search_sosp(child, level + 1, beam, promising, rng, out)
+                out.append(ExitSubSearch(level + 1).text())
+                if solved:
+                    return True
+                out.append(SUB_NO_SOLUTION)
+    out.append(NO_SOLUTION)
+    return False

@@ -1,0 +1,89 @@
+"""Countdown as a `Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from apr_ray.core.errors import AprError
+from apr_ray.core.ledger import Problem
+from apr_ray.core.task import Demonstration, DemonstrationSet, Tokenizer, Verdict
+from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
+from apr_ray.tasks.countdown.protocol import CountdownProtocol
+from apr_ray.tasks.countdown.solver import SolverOptions, solve_apr, solve_sosp
+from apr_ray.tasks.countdown.tokenizer import CountdownTokenizer, build_tokenizer, load_tokenizer
+from apr_ray.tasks.countdown.verifier import verify_solution
+
+
+@dataclass(frozen=True, slots=True)
+class CountdownOptions:
+    """What `task.options` may hold for Countdown."""
+
+    method: Literal["apr", "sosp"] = "apr"
+    space: ProblemSpace = field(default_factory=ProblemSpace)
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    max_depth: int = 1
+
+
+class CountdownTask:
+    """See `core.task.Task`."""
+
+    name = "countdown"
+    options_type = CountdownOptions
+
+    def __init__(self, options: CountdownOptions) -> None:
+        self.options = options
+
+    def problems(self, split: str, count: int, seed: int) -> list[Problem]:
+        """Solvable problems of a split; see `ProblemSpace.sample`."""
+        return list(self.options.space.sample(split, count, seed))
+
+    def problem_from_json(self, data: Mapping[str, Any]) -> CountdownProblem:
+        """From `{"numbers": [...], "target": t}`."""
+        try:
+            numbers, target = data["numbers"], data["target"]
+        except (KeyError, TypeError) as error:
+            raise AprError(f"not a Countdown problem: {data!r}", 'Give {"numbers": [...], "target": t}') from error
+        if not isinstance(target, int) or not all(isinstance(n, int) for n in numbers):
+            raise AprError(f"numbers and target must be integers: {data!r}", 'Give {"numbers": [...], "target": t}')
+        return CountdownProblem(tuple(numbers), target)
+
+    def tokenizer(self) -> CountdownTokenizer:
+        """The grammar's tokenizer."""
+        return build_tokenizer()
+
+    def load_tokenizer(self, directory: str) -> CountdownTokenizer:
+        """A checkpoint's tokenizer."""
+        return load_tokenizer(directory)
+
+    def protocol(self, tokenizer: Tokenizer) -> CountdownProtocol:
+        """The protocol of the configured method."""
+        assert isinstance(tokenizer, CountdownTokenizer)
+        return CountdownProtocol(tokenizer, self.options.method, self.options.max_depth)
+
+    def demonstrate(self, problem: Problem, solver_seed: int) -> DemonstrationSet:
+        """One solver run; every parent segment and every child is one sequence (paper section 3.2)."""
+        assert isinstance(problem, CountdownProblem)
+        if self.options.method == "sosp":
+            prompt, completion, solved = solve_sosp(problem, solver_seed, self.options.solver)
+            sequences = [Demonstration(prompt, completion, "parent", (), 0)]
+            return DemonstrationSet(problem, solver_seed, solved, tuple(sequences))
+        trace = solve_apr(problem, solver_seed, self.options.solver)
+        sequences = [Demonstration(p, c, "parent", (), i) for i, (p, c) in enumerate(trace.segments)]
+        child = 0
+        for spawned in trace.children:
+            for prompt, completion in spawned:
+                sequences.append(Demonstration(prompt, completion, "child", (child,), 0))
+                child += 1
+        return DemonstrationSet(problem, solver_seed, trace.solved, tuple(sequences))
+
+    def verify(self, problem: Problem, text: str) -> Verdict:
+        """Strict replay of the answer."""
+        assert isinstance(problem, CountdownProblem)
+        return verify_solution(problem, text)
+
+    def describe(self, problem: Problem) -> str:
+        """`3 5 7 -> 22`."""
+        assert isinstance(problem, CountdownProblem)
+        return f"{' '.join(map(str, problem.numbers))} -> {problem.target}"

@@ -1,0 +1,375 @@
+"""`run_tree`: one reasoning on one engine, from the root prompt to the answer or to a bound.
+
+    thread(path, prompt):  decode a call ─▶ spawn? ─▶ children in parallel ─▶ join ─▶ decode the next segment ─▶ …
+                                          └▶ end ─▶ the thread's outcome
+
+Invariants (tested):
+- a child's prompt is its message; a parent's next prompt is its own tokens up to the spawn block, then the join block;
+- every token that an engine returned stands in exactly one call of the ledger;
+- a tree never holds more calls, tokens, depth or seconds than its bounds allow; a bound that is hit is an outcome;
+- when `run_tree` returns or is cancelled, no request of the tree is left in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from apr_ray.core.engine import (
+    Engine,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    VersionSpan,
+)
+from apr_ray.core.errors import AprError
+from apr_ray.core.ledger import Call, Join, JoinOutcome, Outcome, Path, Problem, Replaced, Spawn, ThreadTree
+from apr_ray.core.task import ChildResult, SpawnJoinProtocol, SpawnRequest, ThreadEnd
+from apr_ray.core.weights import WeightVersion
+from apr_ray.threads.events import (
+    CallEnded,
+    CallStarted,
+    Joined,
+    Listener,
+    Spawned,
+    ThreadEvent,
+    TokensSampled,
+    TreeEnded,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Limits of one tree; see `config.BoundsConfig`."""
+
+    max_depth: int = 1
+    max_children: int = 16
+    max_rounds: int = 8
+    max_call_tokens: int = 1024
+    max_tree_tokens: int = 16_384
+    max_seconds: float = 300.0
+    cancel_on_success: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRequest:
+    """One tree to run.
+
+    Attributes:
+        problem: what is asked.
+        sample: which attempt at it.
+        seed: every call's seed derives from it, its thread path and its segment: never from scheduling.
+        temperature, top_k, top_p: as in `SamplingParams`.
+        budget: conditioning, as the protocol writes it; None for none.
+    """
+
+    problem: Problem
+    sample: int = 0
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    budget: int | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def call_seed(tree_seed: int, path: Path, segment: int, resumption: int) -> int:
+    """A 63-bit seed of one engine request."""
+    text = f"{tree_seed}/{path}/{segment}/{resumption}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+async def run_tree(
+    engine: Engine,
+    protocol: SpawnJoinProtocol,
+    request: TreeRequest,
+    bounds: Bounds,
+    *,
+    tree_id: str,
+    engine_id: str = "local",
+    listener: Listener | None = None,
+) -> ThreadTree:
+    """Run one tree. A failing engine is an outcome; cancelling this coroutine aborts every request and re-raises."""
+    tree = _Tree(engine, protocol, request, bounds, tree_id, engine_id, listener)
+    prompt = protocol.root_prompt(request.problem, request.budget)
+    try:
+        async with asyncio.timeout(bounds.max_seconds):
+            end = await tree.run_thread((), prompt)
+    except TimeoutError:
+        end = _ThreadEnded(ThreadEnd(Outcome.BOUND_TIME, f"{bounds.max_seconds:g} s"), tree.root_context, ())
+    tree.emit(TreeEnded(end.end.outcome, tree.tokens))
+    return ThreadTree(
+        problem_key=request.problem.key,
+        sample=request.sample,
+        calls=tuple(sorted(tree.calls, key=lambda c: (c.path, c.segment))),
+        spawns=tuple(sorted(tree.spawns, key=lambda s: (s.path, s.segment))),
+        joins=tuple(sorted(tree.joins, key=lambda j: (j.path, j.segment))),
+        final_text=protocol.text([*end.context, *end.sampled]),
+        outcome=end.end.outcome,
+        detail=end.end.detail,
+        invalid_spawns=tree.invalid_spawns,
+        meta=request.meta,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ThreadEnded:
+    """How a thread ended, and the context and tokens of its last call."""
+
+    end: ThreadEnd
+    context: tuple[int, ...]
+    sampled: tuple[int, ...]
+
+
+class _Tree:
+    """The state that the threads of one tree share."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        protocol: SpawnJoinProtocol,
+        request: TreeRequest,
+        bounds: Bounds,
+        tree_id: str,
+        engine_id: str,
+        listener: Listener | None,
+    ) -> None:
+        self.engine = engine
+        self.protocol = protocol
+        self.request = request
+        self.bounds = bounds
+        self.tree_id = tree_id
+        self.engine_id = engine_id
+        self.listener = listener
+        self.calls: list[Call] = []
+        self.spawns: list[Spawn] = []
+        self.joins: list[Join] = []
+        self.invalid_spawns = 0
+        self.tokens = 0
+        self.root_context: tuple[int, ...] = ()
+
+    def emit(self, event: ThreadEvent) -> None:
+        if self.listener is not None:
+            self.listener(event)
+
+    async def run_thread(self, path: Path, prompt: tuple[int, ...]) -> _ThreadEnded:
+        """Decode one thread to its end, running its children as it spawns them."""
+        context = prompt
+        children = rounds = 0
+        while True:
+            if path == ():
+                self.root_context = context
+            call = await self.run_call(path, rounds, context)
+            end = self.cut_short(call)
+            asked = None if end else self.protocol.read_call(context, call.sampled_ids, len(path))
+            if isinstance(asked, SpawnRequest):
+                end = self.refuse(asked, path, rounds)
+            elif isinstance(asked, ThreadEnd):
+                end = asked
+            if end is not None:
+                self.invalid_spawns += end.outcome is Outcome.INVALID_SPAWN
+                return _ThreadEnded(end, context, call.sampled_ids)
+            assert isinstance(asked, SpawnRequest)
+            paths = tuple((*path, children + i) for i in range(len(asked.children)))
+            self.spawns.append(Spawn(path, rounds, paths, tuple(c.label for c in asked.children)))
+            self.emit(Spawned(path, paths))
+            results = await self.run_children(asked, paths)
+            joined = self.protocol.join_ids(asked, results, len(path) + 1)
+            outcomes = tuple(r.outcome for r in results)
+            reasons = tuple(r.reason for r in results)
+            self.joins.append(Join(path, rounds, outcomes, reasons, joined, asked.keep_tokens))
+            self.emit(Joined(path, outcomes))
+            context = (*context, *call.sampled_ids[: asked.keep_tokens], *joined)
+            children += len(paths)
+            rounds += 1
+
+    async def run_children(self, asked: SpawnRequest, paths: tuple[Path, ...]) -> list[ChildResult]:
+        """All children side by side; their results in spawn order, whatever order they end in."""
+        results: dict[Path, ChildResult] = {}
+        tasks: dict[Path, asyncio.Task[None]] = {}
+
+        async def run(path: Path, prompt: tuple[int, ...]) -> None:
+            try:
+                results[path] = self.result_of(await self.run_thread(path, prompt))
+            except asyncio.CancelledError:
+                if path not in cancelled:
+                    raise
+                results[path] = ChildResult(JoinOutcome.CANCELLED, reason="sibling_solved")
+                return
+            if self.bounds.cancel_on_success and results[path].outcome is JoinOutcome.SOLVED:
+                for other, task in tasks.items():
+                    if other != path and other not in results:
+                        cancelled.add(other)
+                        task.cancel()
+
+        cancelled: set[Path] = set()
+        async with asyncio.TaskGroup() as group:
+            for path, child in zip(paths, asked.children, strict=True):
+                tasks[path] = group.create_task(run(path, child.prompt_ids))
+        for path in paths:  # a task cancelled before its first step never ran its handler
+            results.setdefault(path, ChildResult(JoinOutcome.CANCELLED, reason="sibling_solved"))
+        return [results[path] for path in paths]
+
+    def result_of(self, ended: _ThreadEnded) -> ChildResult:
+        """What a child joins with: a child that failed or was cut off has no solution, and the reason is kept."""
+        if ended.end.outcome in (Outcome.ANSWERED, Outcome.NO_ANSWER):
+            return self.protocol.read_child(ended.context, ended.sampled)
+        return ChildResult(JoinOutcome.NO_SOLUTION, reason=ended.end.outcome.value)
+
+    def cut_short(self, call: Call) -> ThreadEnd | None:
+        """The outcome of a call that did not end by itself."""
+        if call.finish is FinishReason.STOP:
+            return None
+        if call.finish is FinishReason.ERROR:
+            return ThreadEnd(Outcome.ENGINE_ERROR, call.error)
+        if call.finish is FinishReason.ABORTED:
+            return ThreadEnd(Outcome.CANCELLED)
+        if self.tokens >= self.bounds.max_tree_tokens:
+            return ThreadEnd(Outcome.BOUND_TOKENS, f"{self.tokens} tokens")
+        if len(call.prompt_ids) + len(call.sampled_ids) >= self.engine.context_tokens:
+            return ThreadEnd(Outcome.CONTEXT_FULL, f"{self.engine.context_tokens} tokens")
+        return ThreadEnd(Outcome.TRUNCATED, f"{len(call.sampled_ids)} tokens")
+
+    def refuse(self, asked: SpawnRequest, path: Path, rounds: int) -> ThreadEnd | None:
+        """The bound that a spawn would break, if any."""
+        bounds = self.bounds
+        if len(path) >= min(bounds.max_depth, self.protocol.max_depth):
+            return ThreadEnd(Outcome.BOUND_DEPTH, f"depth {len(path) + 1}")
+        if rounds >= bounds.max_rounds:
+            return ThreadEnd(Outcome.BOUND_ROUNDS, f"{rounds + 1} rounds")
+        if len(asked.children) > bounds.max_children:
+            return ThreadEnd(Outcome.BOUND_CHILDREN, f"{len(asked.children)} children")
+        return None
+
+    async def run_call(self, path: Path, segment: int, prompt: tuple[int, ...]) -> Call:
+        """One call. Where the model writes what only the runtime may, the right token is forced and the call goes on."""
+        recorder = _Recorder(path, segment, prompt, self.engine_id)
+        self.emit(CallStarted(path, segment, len(prompt)))
+        resumption = 0
+        try:
+            while True:
+                room = self.engine.context_tokens - len(prompt) - len(recorder.ids)
+                budget = min(
+                    self.bounds.max_call_tokens - len(recorder.ids), self.bounds.max_tree_tokens - self.tokens, room
+                )
+                if budget <= 0:
+                    recorder.finish = FinishReason.LENGTH
+                    break
+                seed = call_seed(self.request.seed, path, segment, resumption)
+                recorder.seed = recorder.seed or seed
+                await self.stream(recorder, resumption, seed, budget)
+                if recorder.finish is not FinishReason.STOP:
+                    break
+                forced = self.protocol.forced_replacement(recorder.ids[-1])
+                if forced is None:
+                    break
+                recorder.replace_last(forced)
+                resumption += 1
+        except asyncio.CancelledError:
+            recorder.finish = FinishReason.ABORTED
+            self.calls.append(recorder.call())
+            raise
+        call = recorder.call()
+        self.calls.append(call)
+        self.emit(CallEnded(path, segment, call.finish, call.sampled_tokens))
+        return call
+
+    async def stream(self, recorder: _Recorder, resumption: int, seed: int, budget: int) -> None:
+        """Feed one engine request into the recorder."""
+        path, segment = recorder.path, recorder.segment
+        sampling = SamplingParams(
+            self.request.temperature,
+            self.request.top_k,
+            self.request.top_p,
+            budget,
+            self.protocol.stop_ids,
+            seed,
+        )
+        where = ".".join(f"{i:03d}" for i in path)
+        request = GenerateRequest(
+            f"{self.tree_id}/{where}/{segment:03d}-{resumption:03d}",
+            (*recorder.prompt, *recorder.ids),
+            sampling,
+            priority=segment + resumption,
+        )
+        try:
+            async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    recorder.add(chunk.token_ids, chunk.logprobs, chunk.version, chunk.cached_tokens)
+                    self.tokens += len(chunk.token_ids)
+                    if chunk.token_ids:
+                        self.emit(TokensSampled(path, segment, chunk.token_ids))
+                    if chunk.finish is not None:
+                        recorder.finish, recorder.error = chunk.finish, chunk.error
+        except AprError as error:
+            recorder.finish, recorder.error = FinishReason.ERROR, str(error)
+
+
+class _Recorder:
+    """Builds one `Call` from what the engine streams."""
+
+    def __init__(self, path: Path, segment: int, prompt: tuple[int, ...], engine_id: str) -> None:
+        self.path = path
+        self.segment = segment
+        self.prompt = prompt
+        self.engine_id = engine_id
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.forced: list[int] = []
+        self.replaced: list[Replaced] = []
+        self.spans: list[VersionSpan] = []
+        self.finish = FinishReason.ABORTED
+        self.error = ""
+        self.seed = 0
+        self.cached: int | None = None
+        self.start_s = time.time()
+        self.first_token_s = 0.0
+
+    def add(
+        self, ids: tuple[int, ...], logprobs: tuple[float, ...], version: WeightVersion, cached_tokens: int
+    ) -> None:
+        if self.cached is None:
+            self.cached = cached_tokens
+        if not ids:
+            return
+        self.first_token_s = self.first_token_s or time.time()
+        start = len(self.ids)
+        self.ids += ids
+        self.logprobs += logprobs
+        if self.spans and self.spans[-1].version == version and self.spans[-1].end == start:
+            start = self.spans.pop().start
+        self.spans.append(VersionSpan(version, start, len(self.ids)))
+
+    def replace_last(self, forced: int) -> None:
+        position = len(self.ids) - 1
+        self.replaced.append(Replaced(position, self.ids[position], self.logprobs[position]))
+        self.forced.append(position)
+        self.ids[position] = forced
+        self.logprobs[position] = 0.0
+
+    def call(self) -> Call:
+        now = time.time()
+        return Call(
+            path=self.path,
+            segment=self.segment,
+            prompt_ids=self.prompt,
+            sampled_ids=tuple(self.ids),
+            logprobs=tuple(self.logprobs),
+            forced=tuple(self.forced),
+            replaced=tuple(self.replaced),
+            finish=self.finish,
+            versions=tuple(self.spans),
+            kv_version=self.spans[-1].version if self.spans else WeightVersion(0, 0),
+            seed=self.seed,
+            cached_tokens=self.cached or 0,
+            start_s=self.start_s,
+            first_token_s=self.first_token_s or now,
+            end_s=now,
+            engine_id=self.engine_id,
+            error=self.error,
+        )
