@@ -1,0 +1,1 @@
+"""Problems and demonstrations to Parquet with Ray Data, and back as training batches."""

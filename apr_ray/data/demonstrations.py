@@ -1,0 +1,252 @@
+"""Demonstrations: the solver's texts, tokenised, in Parquet; one row a sequence.
+
+    problems ─▶ ray.data: solve and tokenise in parallel ─▶ Parquet ─▶ Demonstrations (flat arrays) ─▶ SftSampler
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apr_ray.config import DataConfig, TaskConfig
+from apr_ray.core.batch import TrainBatch
+from apr_ray.core.errors import AprError
+from apr_ray.core.ledger import Problem
+from apr_ray.rl.batches import sft_batch
+from apr_ray.tasks.registry import load_task
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """What a demonstration set holds.
+
+    Attributes:
+        trees: solver runs kept; `solved` of them reached the target; `dropped` were longer than the context.
+        sequences, children: rows, and those of them written by a child.
+        tokens: over all rows, end tokens included.
+    """
+
+    trees: int
+    solved: int
+    dropped: int
+    sequences: int
+    children: int
+    tokens: int
+    seed: int
+
+
+def write_demonstrations(problems: Sequence[Problem], task: TaskConfig, data: DataConfig, seed: int, out: Path) -> DataSummary:
+    """Solve every problem with every solver seed and write `out`, complete or not at all.
+
+    The rows do not depend on the number of workers: each is made from (problem, solver seed) alone.
+    """
+    import ray.data
+
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    items = [
+        {"index": i, "solver_seed": s, "problem": json.dumps(dict(problem.to_json()))}
+        for s in range(data.solver_seeds)
+        for i, problem in enumerate(problems)
+    ]
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    (
+        ray.data.from_items(items, override_num_blocks=4 * data.workers)
+        .map_batches(
+            _solve_batch,
+            batch_format="pyarrow",
+            batch_size=512,
+            fn_kwargs={"task": task, "max_tokens": data.max_sequence_tokens, "seed": seed},
+            concurrency=data.workers,
+            num_cpus=0.5,
+        )
+        .write_parquet(str(partial))
+    )
+    summary = _summarise(partial, len(items), seed)
+    (partial / SUMMARY).write_text(json.dumps(asdict(summary), indent=1))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+    return summary
+
+
+def _solve_batch(batch: Any, task: TaskConfig, max_tokens: int, seed: int) -> Any:
+    import pyarrow as pa
+
+    the_task = load_task(task)
+    tokenizer = the_task.tokenizer()
+    rows = solve_rows(the_task, tokenizer, batch.to_pylist(), max_tokens, seed)
+    return pa.Table.from_pylist(rows, schema=_schema())
+
+
+def solve_rows(task: Any, tokenizer: Any, items: Sequence[dict[str, Any]], max_tokens: int, seed: int) -> list[dict[str, Any]]:
+    """The rows of some (problem, solver seed) items; a tree with a sequence over `max_tokens` is dropped whole."""
+    rows = []
+    for item in items:
+        problem = task.problem_from_json(json.loads(item["problem"]))
+        made = task.demonstrate(problem, seed * 1_000_003 + item["solver_seed"])
+        encoded = [(s, tokenizer.encode(s.prompt), tokenizer.encode(s.completion)) for s in made.sequences]
+        if any(len(p) + len(c) + 1 > max_tokens for _, p, c in encoded):
+            continue
+        for order, (sequence, prompt, completion) in enumerate(encoded):
+            rows.append(
+                {
+                    "index": item["index"],
+                    "solver_seed": item["solver_seed"],
+                    "order": order,
+                    "kind": sequence.kind,
+                    "solved": made.solved,
+                    "prompt_tokens": len(prompt),
+                    "ids": [*prompt, *completion, tokenizer.eos_id],
+                }
+            )
+    return rows
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("index", pa.int64()),
+            ("solver_seed", pa.int32()),
+            ("order", pa.int32()),
+            ("kind", pa.string()),
+            ("solved", pa.bool_()),
+            ("prompt_tokens", pa.int32()),
+            ("ids", pa.list_(pa.int32())),
+        ]
+    )
+
+
+def _summarise(directory: Path, asked: int, seed: int) -> DataSummary:
+    import pyarrow.compute as pc
+
+    table = _read(directory, ["order", "kind", "solved", "ids"])
+    first = table.filter(pc.equal(table["order"], 0))
+    return DataSummary(
+        trees=first.num_rows,
+        solved=int(pc.sum(first["solved"]).as_py() or 0),
+        dropped=asked - first.num_rows,
+        sequences=table.num_rows,
+        children=int(pc.sum(pc.equal(table["kind"], "child")).as_py() or 0),
+        tokens=int(pc.sum(pc.list_value_length(table["ids"])).as_py() or 0),
+        seed=seed,
+    )
+
+
+def _read(directory: Path, columns: list[str]) -> Any:
+    import pyarrow.parquet as pq
+
+    files = sorted(directory.glob("*.parquet"))
+    if not files:
+        raise AprError(f"no Parquet files in {directory}", "Make them: apr-ray data")
+    return pq.read_table([str(f) for f in files], columns=columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstrations:
+    """A demonstration set in memory; sequence i is `ids[offsets[i]:offsets[i + 1]]`, its first `prompts[i]` the prompt.
+
+    Attributes:
+        ids: int32 [N]; offsets: int64 [S + 1]; prompts: int32 [S]; child: bool [S].
+    """
+
+    ids: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any]
+    prompts: np.ndarray[Any, Any]
+    child: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens per sequence."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def load(cls, directory: Path) -> Demonstrations:
+        """Read a set, in the order (problem, solver seed, sequence) whatever order it was written in."""
+        table = _read(directory, ["index", "solver_seed", "order", "kind", "prompt_tokens", "ids"]).sort_by(
+            [("solver_seed", "ascending"), ("index", "ascending"), ("order", "ascending")]
+        )
+        column = table["ids"].combine_chunks()
+        lengths = column.value_lengths().to_numpy()
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(
+            ids=column.flatten().to_numpy(),
+            offsets=offsets,
+            prompts=table["prompt_tokens"].to_numpy(),
+            child=np.asarray(table["kind"].to_pylist()) == "child",
+        )
+
+
+class SftSampler:
+    """Batches in an order that (seed, position) alone decides, so that a resumed run goes on where it was.
+
+    Sequences are shuffled, cut into windows, sorted by length within each window (little padding), grouped into batches
+    of about `batch_tokens`, and the batches of a window shuffled. In the first phase only children's sequences are
+    shown: short texts in which the model learns the format and the arithmetic first.
+
+    Args:
+        position: batches already taken, per phase ("child", "all").
+    """
+
+    WINDOW = 1024
+
+    def __init__(
+        self,
+        data: Demonstrations,
+        batch_tokens: int,
+        *,
+        mask_prompt: bool,
+        seed: int,
+        position: dict[str, int] | None = None,
+    ) -> None:
+        self.data = data
+        self.batch_tokens = batch_tokens
+        self.mask_prompt = mask_prompt
+        self.seed = seed
+        self.position = {"child": 0, "all": 0} | (position or {})
+        self._streams: dict[str, Iterator[np.ndarray[Any, Any]]] = {}
+
+    def next(self, phase: str) -> TrainBatch:
+        """The next batch of a phase; epochs follow each other without end."""
+        if phase not in self._streams:
+            stream = self._batches(phase)
+            for _ in range(self.position[phase]):
+                next(stream)
+            self._streams[phase] = stream
+        self.position[phase] += 1
+        data = self.data
+        chosen = next(self._streams[phase])
+        sequences = [(data.ids[data.offsets[i] : data.offsets[i + 1]], int(data.prompts[i])) for i in chosen]
+        return sft_batch(sequences, mask_prompt=self.mask_prompt)
+
+    def _batches(self, phase: str) -> Iterator[np.ndarray[Any, Any]]:
+        pool = np.flatnonzero(self.data.child) if phase == "child" else np.arange(len(self.data))
+        lengths = self.data.lengths
+        epoch = 0
+        while True:
+            rng = np.random.default_rng([self.seed, epoch, phase == "child"])
+            order = rng.permutation(pool)
+            for start in range(0, len(order), self.WINDOW):
+                window = order[start : start + self.WINDOW]
+                window = window[np.argsort(lengths[window], kind="stable")]
+                ends = np.cumsum(lengths[window])
+                cuts = np.flatnonzero(np.diff(ends // self.batch_tokens)) + 1
+                batches = np.split(window, cuts)
+                for index in rng.permutation(len(batches)):
+                    yield batches[index]
+            epoch += 1

@@ -1,0 +1,1 @@
+"""Evaluating a policy on a task through a pool; figures and the report."""

@@ -1,0 +1,1 @@
+"""DeepSpeed learner actors as one group: SFT and GRPO steps, weights, checkpoints."""

@@ -1,0 +1,144 @@
+"""The learner group: one Ray actor per rank, driven as one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from apr_ray.config import Config, LearnerConfig, OptimizerConfig
+from apr_ray.core.batch import TrainBatch
+from apr_ray.core.weights import WeightVersion
+from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge
+from apr_ray.tasks.registry import load_task
+
+
+@ray.remote
+class LearnerActor:
+    """A thin shell around one `Trainer`."""
+
+    def __init__(self, config: Config, optimizer: OptimizerConfig, init_from: str | None, rank: int) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self.config = config
+        self.optimizer = optimizer
+        self.init_from = init_from
+        self.rank = rank
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 will listen: its node and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, address: str, port: int) -> int:
+        """Join the group and build the policy; returns its parameter count."""
+        from apr_ray.model.llama import load_policy, new_policy, parameter_count
+
+        learner = self.config.learner
+        init_process_group(self.rank, learner.ranks, address, port)
+        task = load_task(self.config.task)
+        self.tokenizer = task.load_tokenizer(self.init_from) if self.init_from else task.tokenizer()
+        if self.init_from:
+            policy = load_policy(self.init_from, self.tokenizer)
+        else:
+            policy = new_policy(self.config.model, self.tokenizer, self.config.run.seed)
+        count = parameter_count(policy)
+        self.trainer = Trainer(policy, learner, self.optimizer, self.rank, learner.ranks)
+        return count
+
+    def sft_step(self, batch: TrainBatch, learning_rate: float) -> StepStats:
+        return self.trainer.sft_step(batch, learning_rate)
+
+    def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
+        return self.trainer.grpo_step(batch, step, learning_rate)
+
+    def freeze_reference(self, checkpoint: str | None) -> None:
+        self.trainer.freeze_reference(checkpoint)
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
+        return self.trainer.logprobs(sequences, temperature)
+
+    def weights(self, version: WeightVersion) -> Any:
+        return self.trainer.weights(version)
+
+    def save(self, directory: str) -> None:
+        """Rank 0 writes the policy in Hugging Face form, every rank its part of the optimiser."""
+        from apr_ray.model.llama import save_policy
+
+        self.trainer.save(Path(directory) / "optimizer")
+        if self.rank == 0:
+            save_policy(self.trainer.policy, self.tokenizer, Path(directory) / "policy")
+
+    def load(self, directory: str) -> None:
+        self.trainer.load(Path(directory) / "optimizer")
+
+
+class LearnerGroup:
+    """All ranks as one. Build it with `start`.
+
+    Every method sends the same call to every rank and waits for all; a rank that dies raises Ray's actor error.
+    """
+
+    def __init__(self, actors: Sequence[Any], parameters: int) -> None:
+        self.actors = list(actors)
+        self.parameters = parameters
+
+    @classmethod
+    def start(cls, config: Config, optimizer: OptimizerConfig, init_from: str | None = None) -> LearnerGroup:
+        """Start the ranks and let them meet."""
+        learner: LearnerConfig = config.learner
+        options = {"num_cpus": learner.cpus_per_rank, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+        actors = [
+            LearnerActor.options(name=None, **options).remote(config, optimizer, init_from, rank)
+            for rank in range(learner.ranks)
+        ]
+        address, port = ray.get(actors[0].address.remote())
+        counts = ray.get([actor.start.remote(address, port) for actor in actors])
+        return cls(actors, counts[0])
+
+    def submit_sft_step(self, batch: TrainBatch, learning_rate: float) -> list[Any]:
+        """Start a step; give the result to `finish_sft_step`. Steps run in the order they were submitted."""
+        reference = ray.put(batch)
+        return [actor.sft_step.remote(reference, learning_rate) for actor in self.actors]
+
+    def finish_sft_step(self, pending: list[Any]) -> StepStats:
+        """Wait for a submitted step."""
+        return merge(ray.get(pending))
+
+    def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
+        """All inner steps on one batch; one merged entry per inner step."""
+        reference = ray.put(batch)
+        per_rank = ray.get([actor.grpo_step.remote(reference, step, learning_rate) for actor in self.actors])
+        return [merge(inner) for inner in zip(*per_rank, strict=True)]
+
+    def freeze_reference(self, checkpoint: str | None = None) -> None:
+        """Take a checkpoint's policy, or the present one, as the reference of the KL term."""
+        ray.get([actor.freeze_reference.remote(checkpoint) for actor in self.actors])
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
+        """Logprobs of whole sequences under the present weights, from rank 0."""
+        result: list[np.ndarray[Any, Any]] = ray.get(self.actors[0].logprobs.remote(sequences, temperature))
+        return result
+
+    def weights(self, version: WeightVersion) -> Any:
+        """An object reference to the present weights as `version`."""
+        return self.actors[0].weights.remote(version)
+
+    def save(self, directory: Path) -> None:
+        """Write `policy/` and `optimizer/` under a folder."""
+        ray.get([actor.save.remote(str(directory)) for actor in self.actors])
+
+    def load(self, directory: Path) -> None:
+        """Read back what `save` wrote."""
+        ray.get([actor.load.remote(str(directory)) for actor in self.actors])
+
+    def stop(self) -> None:
+        """End the actors."""
+        for actor in self.actors:
+            ray.kill(actor)

@@ -1,0 +1,297 @@
+"""One learner rank: a policy under DeepSpeed, and the steps it can take. No Ray here.
+
+    TrainBatch ─▶ plan (same on every rank) ─▶ this rank's micro-batches ─▶ forward, loss, backward … ─▶ one step
+
+The loss is a sum of weighted token losses whose weights already hold the global denominators; DeepSpeed averages
+gradients over ranks, so each rank's loss is multiplied by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from apr_ray.config import LearnerConfig, OptimizerConfig
+from apr_ray.core.batch import TrainBatch
+from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.model.llama import load_policy
+from apr_ray.model.state import pack_weights, trainable_parameters
+from apr_ray.rl.batches import plan_micro_batches
+from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One rank's share of an optimiser step: sums, so that ranks add up (`merge`).
+
+    Attributes:
+        loss, kl, entropy: weighted sums over the tokens this rank saw.
+        tokens: trained tokens; `clipped` of them had a clipped ratio.
+        delta_sum, delta_max: |logprob - behaviour logprob|.
+        padded_tokens: rows times width over all micro-batches: what the forward pass had to compute.
+        grad_norm: before clipping; the same on every rank.
+    """
+
+    loss: float
+    tokens: int
+    padded_tokens: int
+    grad_norm: float
+    learning_rate: float
+    kl: float = 0.0
+    entropy: float = 0.0
+    clipped: int = 0
+    delta_sum: float = 0.0
+    delta_max: float = 0.0
+
+
+def merge(parts: Sequence[StepStats]) -> StepStats:
+    """Ranks' shares as one."""
+    return StepStats(
+        loss=sum(p.loss for p in parts),
+        tokens=sum(p.tokens for p in parts),
+        padded_tokens=sum(p.padded_tokens for p in parts),
+        grad_norm=parts[0].grad_norm,
+        learning_rate=parts[0].learning_rate,
+        kl=sum(p.kl for p in parts),
+        entropy=sum(p.entropy for p in parts),
+        clipped=sum(p.clipped for p in parts),
+        delta_sum=sum(p.delta_sum for p in parts),
+        delta_max=max(p.delta_max for p in parts),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoStep:
+    """How to take a GRPO step; see `config.GrpoConfig`."""
+
+    clip: float
+    kl_coefficient: float
+    temperature: float
+    inner_steps: int
+
+
+class Trainer:
+    """A rank of the learner group.
+
+    Args:
+        policy: the Llama to train, in float32.
+        learner, optimizer: see `config`.
+        rank, world: of this process; `torch.distributed` must be initialised (see `init_process_group`).
+    """
+
+    def __init__(
+        self, policy: Any, learner: LearnerConfig, optimizer: OptimizerConfig, rank: int = 0, world: int = 1
+    ) -> None:
+        import deepspeed
+
+        self.learner = learner
+        self.rank = rank
+        self.world = world
+        adamw = torch.optim.AdamW(
+            policy.parameters(),
+            lr=optimizer.learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self.zero = learner.zero_stage
+        self._grad_norm = 0.0
+        if self.zero == 0:
+            # DeepSpeed reports no gradient norm at stage 0, so it is measured, and clipped, just before the update.
+            adamw.register_step_pre_hook(self._clip)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy,
+            optimizer=adamw,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "managed_gradient_accumulation": False,  # micro-batches per step vary; `step` is the boundary
+                "gradient_clipping": learner.grad_clip if self.zero else 0.0,
+                "zero_optimization": {"stage": self.zero},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**9,
+            },
+        )
+        self.reference: Any = None
+
+    @property
+    def policy(self) -> Any:
+        """The module that is trained."""
+        return self.engine.module
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def sft_step(self, batch: TrainBatch, learning_rate: float) -> StepStats:
+        """One optimiser step on demonstrations."""
+        loss_sum, padded, tokens = 0.0, 0, 0
+        for indices in self.plan(batch):
+            rows = _Rows(batch, indices)
+            with self.autocast():
+                logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+            loss = sft_loss(token_logprobs(logits, rows.tokens), rows.weights)
+            self.engine.backward(loss * self.world)
+            loss_sum += float(loss.detach())
+            padded += rows.tokens.numel()
+            tokens += int((rows.weights != 0).sum())
+        self.apply(learning_rate)
+        return StepStats(loss_sum, tokens, padded, self.grad_norm(), learning_rate)
+
+    def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
+        """`inner_steps` optimiser steps on one batch of trees; the first one's `delta_*` compare engine and learner at
+        the same weights."""
+        plan = self.plan(batch)
+        rows_of = [_Rows(batch, indices) for indices in plan]
+        references = [self.reference_logprobs(rows, step.temperature) if step.kl_coefficient else None for rows in rows_of]
+        out = []
+        for _ in range(step.inner_steps):
+            parts = []
+            for rows, reference in zip(rows_of, references, strict=True):
+                with self.autocast():
+                    logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+                with torch.no_grad():
+                    entropy = token_entropy(logits, step.temperature)
+                result = grpo_loss(
+                    token_logprobs(logits, rows.tokens, step.temperature),
+                    rows.behaviour_logprobs,
+                    rows.advantages,
+                    rows.weights,
+                    entropy,
+                    clip=step.clip,
+                    kl_coefficient=step.kl_coefficient,
+                    reference_logprobs=reference,
+                )
+                self.engine.backward(result.loss * self.world)
+                parts.append(
+                    StepStats(
+                        float(result.loss.detach()),
+                        result.tokens,
+                        rows.tokens.numel(),
+                        0.0,
+                        learning_rate,
+                        result.kl,
+                        result.entropy,
+                        result.clipped,
+                        result.delta_sum,
+                        result.delta_max,
+                    )
+                )
+            self.apply(learning_rate)
+            out.append(replace(merge(parts), grad_norm=self.grad_norm()))
+        return out
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
+        """Logprob of every token given those before it, 0 for the first: one float32 array per sequence."""
+        out = []
+        for ids in sequences:
+            tokens = torch.tensor([list(ids)], dtype=torch.int64)
+            logits = self.policy(input_ids=tokens, use_cache=False).logits
+            out.append(token_logprobs(logits, tokens, temperature)[0].numpy())
+        return out
+
+    def plan(self, batch: TrainBatch) -> list[list[int]]:
+        """This rank's micro-batches; every rank derives the same plan."""
+        lengths = [int(length) for length in batch.lengths]
+        return plan_micro_batches(lengths, self.learner.micro_batch_tokens, self.world)[self.rank]
+
+    def apply(self, learning_rate: float) -> None:
+        """The optimiser step at the end of all micro-batches."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping."""
+        if self.zero == 0:
+            return self._grad_norm
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.learner.grad_clip))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in bfloat16 where configured."""
+        if self.learner.autocast == "none":
+            return nullcontext()
+        return torch.autocast("cpu", torch.bfloat16)
+
+    # --- reference, weights, checkpoints ----------------------------------------------------------------------------
+
+    def freeze_reference(self, checkpoint: str | None = None) -> None:
+        """Keep a checkpoint's policy, or a copy of the present one, as the reference of the KL term."""
+        policy = load_policy(checkpoint) if checkpoint else copy.deepcopy(self.policy)
+        self.reference = policy.requires_grad_(False)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rows: _Rows, temperature: float) -> torch.Tensor:
+        """[b, t] under the reference policy."""
+        logits = self.reference(input_ids=rows.tokens, use_cache=False).logits
+        return token_logprobs(logits, rows.tokens, temperature)
+
+    def weights(self, version: WeightVersion) -> WeightUpdate:
+        """All parameters as one buffer. Up to ZeRO stage 2 every rank holds them whole."""
+        return pack_weights(trainable_parameters(self.policy), version)
+
+    def save(self, directory: Path) -> None:
+        """Optimiser and weights of every rank; all ranks must call it."""
+        self.engine.save_checkpoint(str(directory), tag="state")
+
+    def load(self, directory: Path) -> None:
+        """Inverse of `save`; the number of ranks and the ZeRO stage must be the same."""
+        path, _ = self.engine.load_checkpoint(str(directory), tag="state")
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed state in {directory}")
+
+
+class _Rows:
+    """Some sequences of a batch, right-padded: every tensor is [b, t].
+
+    No attention mask is needed: attention is causal, and no token comes after its sequence's padding.
+    """
+
+    def __init__(self, batch: TrainBatch, indices: Sequence[int]) -> None:
+        if not indices:  # a rank with nothing left still takes part in every reduction
+            self.tokens = torch.zeros((1, 2), dtype=torch.int64)
+            self.weights = self.advantages = self.behaviour_logprobs = torch.zeros((1, 2))
+            return
+        spans = [(int(batch.offsets[i]), int(batch.offsets[i + 1])) for i in indices]
+        width = max(end - start for start, end in spans)
+
+        def stack(column: np.ndarray[Any, Any]) -> torch.Tensor:
+            out = np.zeros((len(spans), width), dtype=column.dtype)
+            for row, (start, end) in enumerate(spans):
+                out[row, : end - start] = column[start:end]
+            return torch.from_numpy(out)
+
+        self.tokens = stack(batch.tokens)
+        self.weights = stack(batch.loss_weights)
+        self.advantages = stack(batch.advantages)
+        self.behaviour_logprobs = stack(batch.behaviour_logprobs)
+
+
+def init_process_group(rank: int, world: int, address: str, port: int) -> None:
+    """Join the learner group over gloo.
+
+    DeepSpeed would compile a shared-memory collective at first use, which takes a minute and a compiler; gloo is as
+    fast for two ranks, so that operator is switched off.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=world,
+    )
+

@@ -1,0 +1,85 @@
+"""Every metric, once: name, unit, meaning (contract 10). Trackers take no other name.
+
+Names of evaluations carry their mode in place of `{mode}`: `greedy`, or `t1.0` for temperature 1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's name, unit and meaning."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("sft/loss", "nats", "mean negative log-likelihood per trained token"),
+    Metric("sft/grad_norm", "1", "gradient norm before clipping"),
+    Metric("sft/learning_rate", "1", "learning rate of the step"),
+    Metric("sft/tokens", "tokens", "tokens trained on since the start"),
+    Metric("sft/tokens_per_s", "tokens/s", "trained tokens per second, over all ranks"),
+    Metric("sft/padding", "fraction", "share of computed tokens that were padding"),
+    Metric("train/loss", "1", "GRPO loss of the first inner step"),
+    Metric("train/grad_norm", "1", "gradient norm before clipping, mean over inner steps"),
+    Metric("train/learning_rate", "1", "learning rate of the step"),
+    Metric("train/kl", "nats", "k3 estimate of KL(policy || reference), weighted as the loss is; only with a KL term"),
+    Metric("train/entropy", "nats", "policy entropy, weighted as the loss is"),
+    Metric("train/clip_fraction", "fraction", "trained tokens whose ratio was clipped with effect, last inner step"),
+    Metric("train/tokens", "tokens", "trained tokens of the step"),
+    Metric("train/tokens_per_s", "tokens/s", "trained tokens times inner steps per second of learning"),
+    Metric("train/delta_logprob_mean", "nats", "mean |logprob learner - logprob engine| at the same weights"),
+    Metric("train/delta_logprob_max", "nats", "largest of the same"),
+    Metric("rollout/reward", "1", "mean reward of the step's trees"),
+    Metric("rollout/zero_variance_groups", "fraction", "groups whose trees all had the same reward"),
+    Metric("rollout/staleness", "versions", "mean age of the weights that trees were drawn under"),
+    Metric("rollout/stale_trees", "trees", "trees left out because they were older than grpo.max_staleness"),
+    Metric("rollout/total_tokens", "tokens", "mean tokens per tree, all threads"),
+    Metric("rollout/sequential_tokens", "tokens", "mean tokens per tree on the critical path"),
+    Metric("rollout/children", "threads", "mean children per tree"),
+    Metric("rollout/depth", "levels", "mean depth of trees"),
+    Metric("rollout/truncated", "percent", "trees cut off by a bound or a full context"),
+    Metric("rollout/invalid_spawns", "percent", "spawns refused as malformed, of all spawns tried"),
+    Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens per second, over all workers"),
+    Metric("rollout/cached_tokens", "fraction", "prompt tokens that needed no prefill"),
+    Metric("time/rollout_s", "s", "seconds of the step spent sampling trees"),
+    Metric("time/reward_s", "s", "seconds of the step spent on rewards"),
+    Metric("time/learn_s", "s", "seconds of the step spent learning"),
+    Metric("time/sync_s", "s", "seconds of the step spent sending weights and checking engines"),
+    Metric("time/step_s", "s", "seconds of the whole step, without evaluation and checkpoints"),
+    Metric("sync/delta_logprob_mean", "nats", "mean |logprob learner - logprob engine| of the check after a sync"),
+    Metric("eval/{mode}/accuracy", "fraction", "verified solutions over all trees"),
+    Metric("eval/{mode}/accuracy_low", "fraction", "lower end of its 95 % Wilson interval over problems"),
+    Metric("eval/{mode}/accuracy_high", "fraction", "upper end of the same"),
+    Metric("eval/{mode}/total_tokens", "tokens", "mean tokens per tree, all threads"),
+    Metric("eval/{mode}/sequential_tokens", "tokens", "mean tokens per tree on the critical path"),
+    Metric("eval/{mode}/children", "threads", "mean children per tree"),
+    Metric("eval/{mode}/depth", "levels", "mean depth of trees"),
+    Metric("eval/{mode}/truncated", "percent", "trees cut off by a bound or a full context"),
+    Metric("eval/{mode}/invalid_spawns", "percent", "spawns refused as malformed, of all spawns tried"),
+    Metric("eval/{mode}/latency_s", "s", "mean wall time of a tree, all trees running side by side"),
+    Metric("rollout/failure/{reason}", "percent", "trees that failed for this reason"),
+    Metric("eval/{mode}/failure/{reason}", "percent", "trees that failed for this reason"),
+)
+
+_PATTERN = re.compile(
+    "|".join(
+        "^" + re.escape(m.name).replace(r"\{mode\}", r"[a-z0-9.]+").replace(r"\{reason\}", "[a-z_]+") + "$"
+        for m in METRICS
+    )
+)
+
+
+def is_known(name: str) -> bool:
+    """Whether a metric of this name stands in the table."""
+    return _PATTERN.match(name) is not None
+
+
+def mode_name(temperature: float) -> str:
+    """`greedy` for 0, else `t` and the temperature."""
+    return "greedy" if temperature == 0 else f"t{temperature:.1f}"

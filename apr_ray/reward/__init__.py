@@ -1,0 +1,1 @@
+"""The reward actor: checks trees in batches."""

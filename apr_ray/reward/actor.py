@@ -1,0 +1,54 @@
+"""Rewards: 1 for a verified solution, else 0, with a named reason; trees are scored in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from apr_ray.config import TaskConfig
+from apr_ray.core.ledger import Outcome, Problem, ThreadTree
+from apr_ray.core.task import Task, Verdict
+from apr_ray.tasks.registry import load_task
+
+
+def score(task: Task, problem: Problem, outcome: Outcome, text: str) -> Verdict:
+    """The verdict on a tree; one that did not end in an answer is not looked at, its outcome is the reason."""
+    if outcome is not Outcome.ANSWERED:
+        return Verdict(False, outcome.value)
+    return task.verify(problem, text)
+
+
+@ray.remote
+class RewardActor:
+    """Checks solutions away from the driver and the engines."""
+
+    def __init__(self, task: TaskConfig) -> None:
+        self.task = load_task(task)
+
+    def score(self, items: Sequence[tuple[Problem, Outcome, str]]) -> list[Verdict]:
+        """One verdict per (problem, outcome, final text)."""
+        return [score(self.task, *item) for item in items]
+
+
+class RewardClient:
+    """The driver's end of the reward actor."""
+
+    def __init__(self, task: TaskConfig) -> None:
+        options = {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+        self.actor: Any = RewardActor.options(**options).remote(task)
+
+    def score(self, problems: Sequence[Problem], trees: Sequence[ThreadTree]) -> list[ThreadTree]:
+        """Trees with their rewards and verdicts; `problems[i]` is tree i's."""
+        items = [(p, t.outcome, t.final_text) for p, t in zip(problems, trees, strict=True)]
+        verdicts: list[Verdict] = ray.get(self.actor.score.remote(items))
+        return [
+            replace(tree, reward=float(verdict.solved), verdict=verdict.reason)
+            for tree, verdict in zip(trees, verdicts, strict=True)
+        ]
+
+    def stop(self) -> None:
+        """End the actor."""
+        ray.kill(self.actor)

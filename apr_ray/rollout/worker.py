@@ -1,0 +1,83 @@
+"""A rollout worker: one engine, many concurrent trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from apr_ray.config import BoundsConfig, Config
+from apr_ray.core.engine import Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
+from apr_ray.core.ledger import ThreadTree
+from apr_ray.core.weights import WeightUpdate
+from apr_ray.engines.registry import build_engine
+from apr_ray.tasks.registry import load_task
+from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+
+
+def bounds_of(config: BoundsConfig) -> Bounds:
+    """The runtime's bounds from the configured ones."""
+    return Bounds(**config.model_dump())
+
+
+@ray.remote
+class RolloutWorker:
+    """A Ray actor around one engine. Its methods are coroutines on one loop: the engine's steps interleave with them."""
+
+    def __init__(self, config: Config, checkpoint: str, worker_id: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        task = load_task(config.task)
+        self.protocol = task.protocol(task.load_tokenizer(checkpoint))
+        self.engine: Engine = build_engine(config.engine, checkpoint)
+        self.bounds = bounds_of(config.bounds)
+        self.worker_id = worker_id
+        self.started = 0
+
+    async def ready(self) -> str:
+        """Returns once the engine is built."""
+        return self.worker_id
+
+    async def run_tree(self, request: TreeRequest) -> ThreadTree:
+        """Run one tree to its end."""
+        self.started += 1
+        tree_id = f"{self.worker_id}-{self.started:09d}"
+        return await run_tree(
+            self.engine, self.protocol, request, self.bounds, tree_id=tree_id, engine_id=self.worker_id
+        )
+
+    async def update_weights(self, update: WeightUpdate) -> None:
+        """Check and apply a version; raises WeightsRejected with nothing applied."""
+        await self.engine.update_weights(update)
+
+    async def sample_for_check(
+        self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """Short generations with their logprobs, to compare with the learner's."""
+        out = []
+        for number, prompt in enumerate(prompts):
+            request = GenerateRequest(
+                f"check-{number:06d}", prompt, SamplingParams(temperature, max_new_tokens=tokens, seed=number)
+            )
+            ids: list[int] = []
+            logprobs: list[float] = []
+            async for chunk in self.engine.generate(request):
+                if chunk.finish is FinishReason.ERROR:
+                    raise RuntimeError(chunk.error)
+                ids += chunk.token_ids
+                logprobs += chunk.logprobs
+            out.append((tuple(ids), tuple(logprobs)))
+        return out
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters."""
+        return self.engine.stats()
+
+    def __repr__(self) -> str:
+        return f"RolloutWorker({self.worker_id})"
+
+
+Worker = Any
+"""An actor handle of `RolloutWorker`."""

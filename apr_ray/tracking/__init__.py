@@ -1,0 +1,1 @@
+"""Trackers: MLflow, the console, none; and progress bars for long work."""

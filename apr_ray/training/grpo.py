@@ -1,0 +1,248 @@
+"""The GRPO loop: rollouts of thread trees, rewards, learning, weights back to the engines (paper section 3.3).
+
+    problems ─▶ pool.run ─▶ reward.score ─▶ grpo_batch ─▶ learners.grpo_step ─▶ broadcast ─▶ check ─▶ next step
+
+Departures from textbook GRPO: the loss of a call is the mean over its tokens, of a tree the mean over its calls; the old
+policy of the ratio is the engine that drew the tokens; groups without variance are left out when there is no KL term.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apr_ray.config import Config
+from apr_ray.core.errors import MismatchError
+from apr_ray.core.ledger import Group, Problem, ThreadTree
+from apr_ray.core.tracker import Tracker
+from apr_ray.core.trees_io import write_trees
+from apr_ray.core.weights import WeightVersion
+from apr_ray.evaluation.evaluate import EvalResult, evaluate, tree_seed
+from apr_ray.learner.group import LearnerGroup
+from apr_ray.learner.trainer import GrpoStep, StepStats
+from apr_ray.metrics.names import mode_name
+from apr_ray.metrics.trees import failure_reasons, staleness, tree_metrics
+from apr_ray.reward.actor import RewardClient
+from apr_ray.rl.batches import GrpoBatch, grpo_batch
+from apr_ray.rl.schedules import learning_rate
+from apr_ray.rollout.pool import RolloutPool
+from apr_ray.tasks.registry import load_task
+from apr_ray.threads.runtime import TreeRequest
+from apr_ray.tracking.progress import ProgressBars
+from apr_ray.training.run_dir import LoopState, RunDir
+from apr_ray.training.session import Clock, ray_session, tracked
+from apr_ray.weights.object_store import ObjectStoreTransport, check_engines
+
+
+def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) -> Path:
+    """Train until `grpo.steps` or `grpo.max_minutes`, from `policy`; returns the final policy's folder."""
+    grpo, seed = config.grpo, config.run.seed
+    task = load_task(config.task)
+    found = run.latest()
+    state = found[1] if found else LoopState()
+    start = found[0] / "policy" if found else policy
+    run.truncate_metrics(state.step)
+    train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
+    heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
+    with ray_session(config), tracked(config, run, state) as tracker:
+        learners = LearnerGroup.start(config, grpo.optimizer, str(start))
+        pool = RolloutPool.start(config, str(start))
+        reward = RewardClient(config.task)
+        watch = _Watch(config, run, tracker, pool, reward, heldout, bars)
+        transport = ObjectStoreTransport()
+        if grpo.kl_coefficient:
+            learners.freeze_reference(str(policy))
+        version = WeightVersion.parse(state.version)
+        if found:
+            learners.load(found[0])
+            transport.broadcast(learners, pool, version)
+        else:
+            watch.full_evaluation(0)
+        how = GrpoStep(grpo.clip, grpo.kl_coefficient, grpo.temperature, grpo.inner_steps)
+        clock = Clock(state.elapsed_s)
+
+        def done() -> float:
+            return max(state.step / grpo.steps, clock.share_of(grpo.max_minutes))
+
+        with bars.bar("GRPO", 1.0) as bar:
+            while done() < 1:
+                times = [time.perf_counter()]
+                first = state.step * grpo.problems_per_step
+                problems = train[first : first + grpo.problems_per_step]
+                trees = sample_trees(pool, problems, config, state.step)
+                times.append(time.perf_counter())
+                trees = reward.score([p for p in problems for _ in range(grpo.group_size)], trees)
+                times.append(time.perf_counter())
+                groups, stale = fresh_groups(group(trees, grpo.group_size), version, grpo.max_staleness)
+                made = grpo_batch(groups, skip_zero_advantage=not grpo.kl_coefficient)
+                rate = learning_rate(grpo.optimizer, state.step, done())
+                stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
+                times.append(time.perf_counter())
+                if stats and stats[0].delta_sum > config.weights.mismatch_tolerance * stats[0].tokens:
+                    raise MismatchError(
+                        f"step {state.step}: engines and learners differ by {stats[0].delta_sum / stats[0].tokens:.2e}"
+                        f" in logprob per token, tolerance {config.weights.mismatch_tolerance:.0e}",
+                        "The trees were not drawn from the learners' policy",
+                    )
+                measured = version
+                version = version.next()
+                transport.broadcast(learners, pool, version)
+                prompts = [t.calls[0].prompt_ids for t in trees[:: grpo.group_size]][: config.weights.check_calls]
+                delta = check_engines(learners, pool, prompts, grpo.temperature, config.weights, version)
+                times.append(time.perf_counter())
+                state.step += 1
+                state.version = str(version)
+                state.tokens += sum(s.tokens for s in stats)
+                state.elapsed_s = clock.elapsed_s()
+                metrics = step_metrics(trees, made, stats, measured, stale, times, pool)
+                metrics["sync/delta_logprob_mean"] = delta
+                watch.log(metrics, state.step)
+                note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
+                bar.update(min(1.0, done()), note)
+                last = done() >= 1
+                improved = (state.step % grpo.eval_every == 0 and not last) and watch.quick_evaluation(state)
+                if improved or last or state.step % grpo.save_every == 0:
+                    with run.checkpoint(state) as folder:
+                        learners.save(folder)
+                    if improved:
+                        run.keep_policy(run.path / "checkpoints" / f"step-{state.step:06d}", "best")
+        watch.full_evaluation(state.step)
+        for part in (learners, pool, reward):
+            part.stop()
+    latest = run.latest()
+    assert latest is not None
+    return run.keep_policy(latest[0], "final")
+
+
+def sample_trees(pool: RolloutPool, problems: Sequence[Problem], config: Config, step: int) -> list[ThreadTree]:
+    """`group_size` trees per problem, in the order (problem, sample)."""
+    grpo = config.grpo
+    requests = [
+        TreeRequest(p, s, tree_seed(config.run.seed, f"step-{step}", p.key, s), grpo.temperature)
+        for p in problems
+        for s in range(grpo.group_size)
+    ]
+    ended = dict(pool.run(requests))
+    return [ended[i] for i in range(len(requests))]
+
+
+def group(trees: Sequence[ThreadTree], size: int) -> list[Group]:
+    """Consecutive trees of one problem as groups."""
+    return [Group(trees[i].problem_key, tuple(trees[i : i + size])) for i in range(0, len(trees), size)]
+
+
+def fresh_groups(groups: Sequence[Group], version: WeightVersion, max_staleness: int) -> tuple[list[Group], int]:
+    """Groups all of whose trees were drawn under weights at most `max_staleness` versions old, and how many trees are
+    left out (contract 9). Weights of another incarnation are never fresh."""
+    kept = [
+        g
+        for g in groups
+        if all(
+            v.incarnation == version.incarnation and version.counter - v.counter <= max_staleness
+            for tree in g.trees
+            for v in tree.versions()
+        )
+    ]
+    return kept, sum(len(g.trees) for g in groups) - sum(len(g.trees) for g in kept)
+
+
+def step_metrics(
+    trees: Sequence[ThreadTree],
+    made: GrpoBatch,
+    stats: Sequence[StepStats],
+    version: WeightVersion,
+    stale: int,
+    times: Sequence[float],
+    pool: RolloutPool,
+) -> dict[str, float]:
+    """One step's metrics, by their names in `metrics.names`."""
+    rollout_s, reward_s, learn_s, sync_s = (b - a for a, b in zip(times, times[1:], strict=False))
+    groups = max(1, len({t.problem_key for t in trees}))
+    prompt = sum(len(c.prompt_ids) for t in trees for c in t.calls)
+    out = {
+        "rollout/reward": sum(t.reward or 0.0 for t in trees) / len(trees),
+        "rollout/zero_variance_groups": made.zero_variance_groups / groups,
+        "rollout/staleness": staleness(trees, version.counter),
+        "rollout/stale_trees": float(stale),
+        "rollout/tokens_per_s": sum(t.total_tokens for t in trees) / rollout_s,
+        "rollout/cached_tokens": sum(c.cached_tokens for t in trees for c in t.calls) / max(1, prompt),
+        "time/rollout_s": rollout_s,
+        "time/reward_s": reward_s,
+        "time/learn_s": learn_s,
+        "time/sync_s": sync_s,
+        "time/step_s": times[-1] - times[0],
+    }
+    out |= {f"rollout/{name}": value for name, value in tree_metrics(trees).items()}
+    out |= {f"rollout/failure/{reason}": share for reason, share in failure_reasons(trees).items()}
+    if stats:
+        first, last = stats[0], stats[-1]
+        out |= {
+            "train/loss": first.loss,
+            "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
+            "train/learning_rate": first.learning_rate,
+            "train/kl": last.kl,
+            "train/entropy": first.entropy,
+            "train/clip_fraction": last.clipped / max(1, last.tokens),
+            "train/tokens": float(first.tokens),
+            "train/tokens_per_s": sum(s.tokens for s in stats) / learn_s,
+            "train/delta_logprob_mean": first.delta_sum / max(1, first.tokens),
+            "train/delta_logprob_max": first.delta_max,
+        }
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Logging and evaluation beside the loop."""
+
+    config: Config
+    run: RunDir
+    tracker: Tracker
+    pool: RolloutPool
+    reward: RewardClient
+    heldout: Sequence[Problem]
+    bars: ProgressBars
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(metrics, step)
+        self.tracker.log(metrics, step)
+
+    def full_evaluation(self, step: int) -> list[EvalResult]:
+        """Every temperature, all held-out problems; trees are kept, some as traces."""
+        evaluation = self.config.evaluation
+        results = []
+        for temperature in evaluation.temperatures:
+            samples = 1 if temperature == 0 else evaluation.samples
+            mode = mode_name(temperature)
+            with self.bars.bar(f"evaluate step {step}, {mode}", len(self.heldout) * samples) as bar:
+                result = evaluate(
+                    self.pool,
+                    self.reward,
+                    self.heldout,
+                    temperature=temperature,
+                    samples=samples,
+                    seed=self.config.run.seed,
+                    bar=bar,
+                )
+            self.log(result.metrics(), step)
+            self.tracker.log_trees(result.trees[: evaluation.traced_trees], step)
+            folder = self.run.path / "eval"
+            folder.mkdir(exist_ok=True)
+            write_trees(folder / f"step-{step:06d}-{mode}.jsonl", result.trees)
+            results.append(result)
+        return results
+
+    def quick_evaluation(self, state: LoopState) -> bool:
+        """Greedy accuracy on the first held-out problems; whether it is the best so far."""
+        evaluation = self.config.evaluation
+        problems = self.heldout[: evaluation.during_training_problems]
+        result = evaluate(self.pool, self.reward, problems, temperature=0.0, seed=self.config.run.seed)
+        self.log(result.metrics(), state.step)
+        self.tracker.log_trees(result.trees[: evaluation.traced_trees], state.step)
+        improved = result.accuracy > state.best_accuracy
+        state.best_accuracy = max(state.best_accuracy, result.accuracy)
+        return improved
+
+

@@ -1,0 +1,187 @@
+"""A run's folder: its config, metrics, trees and checkpoints; all that `--resume` needs.
+
+    runs/NAME/config.yaml             the whole configuration
+             metrics.jsonl            one line a step, as logged
+             eval/step-000010-greedy.jsonl    the trees of an evaluation
+             checkpoints/step-000010/{policy,optimizer,state.json}
+             best/                    the policy with the best held-out accuracy
+             final/                   the policy at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apr_ray.config import Config, differences, load_config, to_yaml
+from apr_ray.core.errors import AprError, ConfigError
+from apr_ray.core.weights import WeightVersion
+from apr_ray.metrics.names import is_known
+from apr_ray.model.llama import replace_directory
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Where a loop stands: all that it needs, beside policy and optimiser, to go on.
+
+    Attributes:
+        step: steps done.
+        version: the weights after them.
+        tokens: trained on so far.
+        elapsed_s: of training, over all incarnations.
+        position: the sampler's.
+        best_accuracy: of the held-out evaluations so far.
+        tracker_run_id: to go on in the same tracker run.
+    """
+
+    step: int = 0
+    version: str = "0.0"
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    position: dict[str, int] = field(default_factory=dict)
+    best_accuracy: float = -1.0
+    tracker_run_id: str = ""
+
+
+class RunDir:
+    """One run's folder. Build it with `create` or `resume`."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, config: Config, command: str) -> RunDir:
+        """A new folder under `run.root`. Raises AprError where the name is taken."""
+        name = config.run.name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = Path(config.run.root).resolve() / name
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError as error:
+            raise AprError(
+                f"run folder {path} exists", "Go on with --resume, or choose another run.name"
+            ) from error
+        except OSError as error:
+            raise AprError(f"cannot make run folder {path}: {error.strerror}", "Choose another run.root") from error
+        _write(path / "config.yaml", to_yaml(config))
+        return cls(path, config)
+
+    @classmethod
+    def resume(cls, path: Path, config: Config | None = None) -> RunDir:
+        """An existing folder. Raises ConfigError naming what differs where `config` is not the one it was run with."""
+        file = path / "config.yaml"
+        if not file.is_file():
+            raise AprError(f"{path} is no run folder (config.yaml is missing)", "Give a folder under run.root")
+        saved = load_config([file])
+        if config is not None:
+            # Where a run lies and how it is watched may change; what it computes may not.
+            free = {"run": saved.run, "ray": config.ray, "tracking": config.tracking}
+            changed = differences(saved.model_copy(update=free), config.model_copy(update={"run": saved.run}))
+            if changed:
+                raise ConfigError(
+                    f"{path} was run with another config: {'; '.join(changed)}", "Resume without these changes"
+                )
+        return cls(path.resolve(), saved)
+
+    # --- metrics ----------------------------------------------------------------------------------------------------
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append a line to `metrics.jsonl`. Raises ValueError on a name that is not in `metrics.names`."""
+        unknown = [name for name in metrics if not is_known(name)]
+        if unknown:
+            raise ValueError(f"metrics that are not in the table: {unknown}")
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Every line of `metrics.jsonl`; a last line that was cut off is left out."""
+        rows = []
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop lines after `step`: a resumed run writes them again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def checkpoint(self, state: LoopState) -> Iterator[Path]:
+        """A folder to write into, which becomes `checkpoints/step-N` when the block ends well; else it is removed."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        final = folder / f"step-{state.step:06d}"
+        partial = folder / f".{final.name}.partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            _write(partial / "state.json", json.dumps(asdict(state), indent=1))
+            replace_directory(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def latest(self) -> tuple[Path, LoopState] | None:
+        """The newest complete checkpoint and its state, with a new incarnation of the weights."""
+        found = sorted((self.path / "checkpoints").glob("step-*"))
+        if not found:
+            return None
+        state = LoopState(**json.loads((found[-1] / "state.json").read_text()))
+        version = WeightVersion.parse(state.version)
+        state.version = str(WeightVersion(version.incarnation + 1, version.counter))
+        return found[-1], state
+
+    def keep_policy(self, checkpoint: Path, name: str) -> Path:
+        """Copy a checkpoint's policy to `best` or `final`, whole."""
+        partial = self.path / f".{name}.partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(checkpoint / "policy", partial)
+        replace_directory(partial, self.path / name)
+        return self.path / name
+
+
+def find_policy(path: Path) -> Path:
+    """The checkpoint that a user's path means: a policy folder, or a run's `final`, `best` or newest policy."""
+    candidates = [path, path / "final", path / "best", *sorted((path / "checkpoints").glob("step-*/policy"))[::-1]]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise AprError(f"no checkpoint in {path}", "Give a run folder or a checkpoint folder that apr-ray wrote")
+
+
+def flat_params(config: Config) -> dict[str, Any]:
+    """The config as `a.b: value`, for trackers."""
+
+    def walk(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                yield from walk(value, f"{prefix}.{key}" if prefix else key)
+        else:
+            yield prefix, tree
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file whole: a reader sees the old text or the new."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

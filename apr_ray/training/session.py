@@ -1,0 +1,93 @@
+"""What both loops need around them: Ray, a clock that survives resumes, a tracker that is always ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from apr_ray.config import Config
+from apr_ray.core.errors import AprError, ConfigError
+from apr_ray.core.tracker import Tracker
+from apr_ray.tracking.trackers import build_tracker
+from apr_ray.training.run_dir import LoopState, RunDir, flat_params
+
+
+class Clock:
+    """Seconds of training, over all incarnations of a run."""
+
+    def __init__(self, before_s: float) -> None:
+        self.start = time.monotonic() - before_s
+
+    def elapsed_s(self) -> float:
+        """Since the run's first start, pauses left out."""
+        return time.monotonic() - self.start
+
+    def share_of(self, minutes: float | None) -> float:
+        """Elapsed share of a time limit; 0 where there is none."""
+        return self.elapsed_s() / (60 * minutes) if minutes else 0.0
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connect to Ray, or start a private one that ends with the block. Does nothing inside another session."""
+    if ray.is_initialized():
+        yield
+        return
+    port = config.ray.dashboard_port
+    if port and config.ray.address is None and _is_busy(port):
+        raise ConfigError(f"ray.dashboard_port {port} is in use", "Choose a free port, or 0 for no dashboard")
+    needed = (
+        config.rollout.workers * config.rollout.cpus_per_worker
+        + config.learner.ranks * config.learner.cpus_per_rank
+        + 0.1
+        + config.data.workers * 0.5
+    )
+    try:
+        if config.ray.address is not None:
+            ray.init(address=config.ray.address, log_to_driver=False)
+        else:
+            # Learners and rollout workers take turns, so a machine may promise more CPUs than it has.
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+                include_dashboard=bool(port),
+                dashboard_port=port or None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except ConnectionError as error:
+        raise AprError(f"no Ray cluster at {config.ray.address!r}: {error}", "Start one, or leave ray.address out") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _is_busy(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+@contextmanager
+def tracked(config: Config, run: RunDir, state: LoopState) -> Iterator[Tracker]:
+    """A tracker whose run ends as the block ends: FINISHED, KILLED (Ctrl-C) or FAILED."""
+    tracker = build_tracker(config)
+    state.tracker_run_id = tracker.start(run.path.name, flat_params(config), state.tracker_run_id or None)
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish()

@@ -1,0 +1,1 @@
+"""Weights from the learner group to the rollout pool, versioned."""
