@@ -77,8 +77,6 @@ class LearnerConfig(Section):
 
     ranks: Positive = 1
     zero_stage: Literal[0, 2] = 0
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Precision of matrix products; weights, optimiser and losses stay float32."""
     micro_batch_tokens: Positive = 4096
     """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
     grad_clip: PositiveFloat = 1.0

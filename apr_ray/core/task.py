@@ -172,5 +172,13 @@ class Task(Protocol):
         ...
 
     def describe(self, problem: Problem) -> str:
-        """A short line for people."""
+        """A short line for people; `problem_from_text` reads it back."""
+        ...
+
+    def problem_from_text(self, text: str) -> Problem:
+        """A problem as a person writes it; raises AprError with an example of the form."""
+        ...
+
+    def require_solvable(self, problem: Problem) -> None:
+        """Raise AprError where no answer exists."""
         ...

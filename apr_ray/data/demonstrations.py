@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +62,15 @@ def write_demonstrations(problems: Sequence[Problem], task: TaskConfig, data: Da
     ]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     (
-        ray.data.from_items(items, override_num_blocks=4 * data.workers)
+        ray.data.from_items(items, override_num_blocks=2 * data.workers)
         .map_batches(
             _solve_batch,
             batch_format="pyarrow",
             batch_size=512,
             fn_kwargs={"task": task, "max_tokens": data.max_sequence_tokens, "seed": seed},
-            concurrency=data.workers,
+            compute=ray.data.TaskPoolStrategy(size=data.workers),
             num_cpus=0.5,
         )
         .write_parquet(str(partial))
@@ -82,10 +85,16 @@ def write_demonstrations(problems: Sequence[Problem], task: TaskConfig, data: Da
 def _solve_batch(batch: Any, task: TaskConfig, max_tokens: int, seed: int) -> Any:
     import pyarrow as pa
 
-    the_task = load_task(task)
-    tokenizer = the_task.tokenizer()
+    the_task, tokenizer = _tools(task.model_dump_json())
     rows = solve_rows(the_task, tokenizer, batch.to_pylist(), max_tokens, seed)
     return pa.Table.from_pylist(rows, schema=_schema())
+
+
+@lru_cache(maxsize=1)
+def _tools(task: str) -> tuple[Any, Any]:
+    """Task and tokenizer, once per worker process."""
+    the_task = load_task(TaskConfig.model_validate_json(task))
+    return the_task, the_task.tokenizer()
 
 
 def solve_rows(task: Any, tokenizer: Any, items: Sequence[dict[str, Any]], max_tokens: int, seed: int) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ class LearnerActor:
 
         self.trainer.save(Path(directory) / "optimizer")
         if self.rank == 0:
-            save_policy(self.trainer.policy, self.tokenizer, Path(directory) / "policy")
+            save_policy(self.trainer.policy, self.tokenizer, self.config.task, Path(directory) / "policy")
 
     def load(self, directory: str) -> None:
         self.trainer.load(Path(directory) / "optimizer")

@@ -9,6 +9,7 @@ gradients over ranks, so each rank's loss is multiplied by the number of ranks.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -285,6 +286,7 @@ def init_process_group(rank: int, world: int, address: str, port: int) -> None:
     """
     import deepspeed
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # an actor sees its own device only
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="gloo",

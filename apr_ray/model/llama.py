@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apr_ray.config import ModelConfig
+from apr_ray.config import ModelConfig, TaskConfig
 from apr_ray.core.errors import AprError
 from apr_ray.core.task import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
+
+
+TASK_CARD = "apr_ray.json"
 
 
 def llama_config(model: ModelConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -56,6 +59,9 @@ def load_policy(checkpoint: str | Path, tokenizer: Tokenizer | None = None) -> L
     """
     from transformers import LlamaForCausalLM
 
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     config = read_config(checkpoint)
     if tokenizer is not None and config["vocab_size"] != tokenizer.vocab_size:
         raise AprError(
@@ -76,13 +82,26 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
     return data
 
 
-def save_policy(policy: Any, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Weights (safetensors), config and tokenizer in Hugging Face form; complete or not there at all."""
+def save_policy(policy: Any, tokenizer: Tokenizer, task: TaskConfig, directory: str | Path) -> None:
+    """Weights (safetensors), config and tokenizer in Hugging Face form, and the task it was trained for; complete or
+    not there at all."""
+    from transformers.utils import logging
+
     final = Path(directory)
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    logging.disable_progress_bar()
     policy.save_pretrained(partial)
     tokenizer.save(str(partial))
+    (partial / TASK_CARD).write_text(task.model_dump_json(indent=1))
     replace_directory(partial, final)
+
+
+def read_task(checkpoint: str | Path) -> TaskConfig:
+    """The task a checkpoint was trained for. Raises AprError where it does not say."""
+    path = Path(checkpoint) / TASK_CARD
+    if not path.is_file():
+        raise AprError(f"{checkpoint} does not say which task it was trained for ({TASK_CARD} is missing)", "Write one")
+    return TaskConfig.model_validate_json(path.read_text())
 
 
 def replace_directory(partial: Path, final: Path) -> None:

@@ -10,15 +10,9 @@ import ray
 
 from apr_ray.config import TaskConfig
 from apr_ray.core.ledger import Outcome, Problem, ThreadTree
-from apr_ray.core.task import Task, Verdict
+from apr_ray.core.task import Verdict
+from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
-
-
-def score(task: Task, problem: Problem, outcome: Outcome, text: str) -> Verdict:
-    """The verdict on a tree; one that did not end in an answer is not looked at, its outcome is the reason."""
-    if outcome is not Outcome.ANSWERED:
-        return Verdict(False, outcome.value)
-    return task.verify(problem, text)
 
 
 @ray.remote

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Problem
 from apr_ray.core.task import Demonstration, DemonstrationSet, Tokenizer, Verdict
+from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
 from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
 from apr_ray.tasks.countdown.protocol import CountdownProtocol
 from apr_ray.tasks.countdown.solver import SolverOptions, solve_apr, solve_sosp
@@ -87,3 +88,23 @@ class CountdownTask:
         """`3 5 7 -> 22`."""
         assert isinstance(problem, CountdownProblem)
         return f"{' '.join(map(str, problem.numbers))} -> {problem.target}"
+
+    def problem_from_text(self, text: str) -> CountdownProblem:
+        """From `3 5 7 -> 22`."""
+        numbers, arrow, target = text.partition("->")
+        parts = numbers.replace(",", " ").split()
+        if not arrow or not parts or not all(part.isdecimal() for part in (*parts, target.strip())):
+            raise AprError(f"not a Countdown problem: {text!r}", 'Write it as "3 5 7 -> 22"')
+        if any(len(part) > 6 for part in (*parts, target.strip())):
+            raise AprError(f"a number of {text!r} has more than six digits", "Use smaller numbers")
+        return CountdownProblem(tuple(map(int, parts)), int(target))
+
+    def require_solvable(self, problem: Problem) -> None:
+        """Exhaustive search over the numbers."""
+        assert isinstance(problem, CountdownProblem)
+        if not is_solvable(problem.numbers, problem.target):
+            reachable = sorted(reachable_targets(problem.numbers), key=lambda t: (abs(t - problem.target), t))[:3]
+            raise AprError(
+                f"{problem.target} cannot be reached from {', '.join(map(str, problem.numbers))}, using each number once",
+                f"Nearest targets that can: {', '.join(map(str, reachable))}",
+            )

@@ -1,11 +1,12 @@
 """The Countdown tokenizer: the grammar's fixed phrases are single tokens, digits stay digits.
 
-It is an ordinary `transformers` fast tokenizer, saved in and loaded from checkpoints. Text outside the grammar's words
-is an error, never an unknown token.
+It is saved in checkpoints as an ordinary `transformers` fast tokenizer. Text outside the grammar's words is an error,
+never an unknown token.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,18 +71,18 @@ PHRASES = (
 
 
 class CountdownTokenizer:
-    """Adapter over a fast tokenizer (`backend`) that satisfies `core.task.Tokenizer`.
+    """A fast tokenizer (`backend`, of the `tokenizers` library) as a `core.task.Tokenizer`.
 
     Raises:
         AprError: from the constructor, where a tag is not an isolated token; spawn recognition and the splice of a
             join are done on token ids, so a tag that merges with its neighbours could not be found.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, eos: str, pad: str) -> None:
         self.backend = backend
-        self.vocab_size = len(backend)
-        self.eos_id = _special(backend.eos_token_id, "eos_token")
-        self.pad_id = _special(backend.pad_token_id, "pad_token")
+        self.vocab_size = backend.get_vocab_size()
+        self.eos, self.pad = eos, pad
+        self.eos_id, self.pad_id = _id_of(backend, eos), _id_of(backend, pad)
         self.tag_ids = {tag: _isolated(backend, tag) for tag in TAGS}
         self._pieces: list[str] | None = None
         vocab = backend.get_vocab()
@@ -93,7 +94,7 @@ class CountdownTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises AprError on text outside the vocabulary."""
         try:
-            ids: list[int] = self.backend(text, add_special_tokens=False)["input_ids"]
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the Rust library raises a bare Exception for an unknown word
             raise AprError(
                 f"text outside the Countdown grammar: {text[:80]!r}", "Check it with apr-ray vectors or parse_trace"
@@ -104,37 +105,43 @@ class CountdownTokenizer:
         """Text of ids, special tokens left out."""
         if self._pieces is not None:
             return "".join(map(self._pieces.__getitem__, ids))
-        text: str = self.backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
 
     def save(self, directory: str) -> None:
-        """Write `tokenizer.json` and its config."""
-        self.backend.save_pretrained(directory)
+        """Write the files of a `transformers` fast tokenizer."""
+        from transformers import PreTrainedTokenizerFast
+
+        PreTrainedTokenizerFast(
+            tokenizer_object=self.backend,
+            eos_token=self.eos,
+            pad_token=self.pad,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(directory)
 
 
-def _special(token_id: int | None, name: str) -> int:
-    if token_id is None:
-        raise AprError(f"the tokenizer has no {name}", "Add one before training")
-    return int(token_id)
+def _id_of(backend: Any, token: str) -> int:
+    index = backend.token_to_id(token)
+    if index is None:
+        raise AprError(f"the tokenizer has no token {token!r}", "Add it before training")
+    return int(index)
 
 
 def _isolated(backend: Any, tag: str) -> int:
-    unknown = backend.unk_token_id
-    ids = backend(tag, add_special_tokens=False)["input_ids"]
-    inside = backend(f"\n{tag}\n", add_special_tokens=False)["input_ids"] if len(ids) == 1 else []
-    if len(ids) != 1 or ids[0] == unknown or inside.count(ids[0]) != 1:
+    index = backend.token_to_id(tag)
+    inside = backend.encode(f"\n{tag}\n", add_special_tokens=False).ids
+    if index is None or inside.count(index) != 1:
         raise AprError(
-            f"the tag {tag!r} is not one isolated token in this tokenizer ({len(ids)} ids)",
-            "Add the four spawn/join tags with add_tokens(..., special_tokens=False) and resize the embeddings",
+            f"the tag {tag!r} is not one isolated token in this tokenizer ({len(inside) - 2} ids)",
+            "Add the four spawn/join tags as tokens of their own and resize the model's embeddings",
         )
-    return int(ids[0])
+    return int(index)
 
 
 def build_tokenizer() -> CountdownTokenizer:
     """The tokenizer of the grammar; the same ids on every machine."""
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
 
     vocab = {token: index for index, token in enumerate((PAD, EOS, *PHRASES))}
     backend = Backend(models.WordLevel(vocab, unk_token="<|unknown|>"))  # not in the vocabulary: unknown text raises
@@ -142,16 +149,22 @@ def build_tokenizer() -> CountdownTokenizer:
     pattern = "|".join(re.escape(phrase).replace("\n", r"\n") for phrase in longest_first)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
-    return CountdownTokenizer(fast)
+    backend.add_special_tokens([PAD, EOS])
+    return CountdownTokenizer(backend, EOS, PAD)
 
 
 def load_tokenizer(directory: str) -> CountdownTokenizer:
     """The tokenizer saved in a checkpoint. Raises AprError where it is missing or cannot carry the protocol."""
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer as Backend
 
-    if not (Path(directory) / "tokenizer.json").is_file():
-        raise AprError(f"no tokenizer.json in {directory}", "Give a checkpoint folder that apr-ray wrote")
-    return CountdownTokenizer(PreTrainedTokenizerFast.from_pretrained(directory))
+    folder = Path(directory)
+    if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
+        raise AprError(f"no tokenizer in {directory}", "Give a checkpoint folder that apr-ray wrote")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = {}
+    for key in ("eos_token", "pad_token"):
+        token = config.get(key)
+        names[key] = token["content"] if isinstance(token, dict) else token
+        if not isinstance(names[key], str):
+            raise AprError(f"the tokenizer in {directory} has no {key}", "Add one before training")
+    return CountdownTokenizer(Backend.from_file(str(folder / "tokenizer.json")), names["eos_token"], names["pad_token"])

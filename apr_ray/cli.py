@@ -1,0 +1,363 @@
+"""The `apr-ray` command. It wires parts together and holds no logic; heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from apr_ray.core.errors import AprError, ConfigError
+
+if TYPE_CHECKING:
+    from apr_ray.config import Config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Adaptive parallel reasoning on Ray: train, evaluate and run models that spawn and join threads.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
+app.add_typer(config_app, name="config")
+
+Files = Annotated[
+    Optional[list[str]],
+    typer.Option("--config", "-c", help="YAML file or preset name (quickstart, paper-apr, …); later ones override."),
+]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Overrides of the form a.b=value.", show_default=False)]
+Resume = Annotated[Optional[Path], typer.Option(help="Go on with this run folder.")]
+
+
+def _config(files: Sequence[str] | None, overrides: Sequence[str] | None) -> Config:
+    from apr_ray.config import load_config
+
+    return load_config([_find_config(f) for f in files or []], overrides or [])
+
+
+def _find_config(name: str) -> Path:
+    presets = Path(__file__).parent / "presets"
+    preset = presets / f"{name}.yaml"
+    if Path(name).suffix in (".yaml", ".yml") or not preset.is_file():
+        if not Path(name).is_file():
+            known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+            raise ConfigError(f"no config file or preset {name!r}", f"Presets: {known}")
+        return Path(name)
+    return preset
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A smoke run of a few minutes; it does not learn.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="About an hour and a half.")] = False,
+    resume: Resume = None,
+) -> None:
+    """The whole pipeline on this machine: demonstrations, supervised training, GRPO, a report."""
+    from apr_ray.evaluation.report import write_report
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.quickstart import run_quickstart
+    from apr_ray.training.run_dir import RunDir
+
+    if fast and long:
+        raise ConfigError("--fast and --long exclude each other", "Give one of them")
+    if resume is not None:
+        run = RunDir.resume(resume)
+    else:
+        names = ["quickstart", *(["quickstart-fast"] if fast else []), *(["quickstart-long"] if long else [])]
+        run = RunDir.create(_config(names, overrides), "quickstart")
+    if fast:
+        _console().print("[yellow]--fast is a smoke run: it shows that every part works, not that the model learns.[/]")
+    grpo = run_quickstart(run.config, run, ProgressBars())
+    page = write_report(run.path, run.path / "sft", grpo)
+    _final_table(grpo)
+    _next(
+        f"the report            {page}",
+        f"one tree as lanes     apr-ray trace {_short(grpo)}",
+        f"metrics and traces    mlflow ui --backend-store-uri sqlite:///{_short(run.path)}/mlflow.db",
+    )
+
+
+@app.command()
+def data(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    overrides: Overrides = None,
+    config: Files = None,
+) -> None:
+    """Solve training problems symbolically and write the demonstrations to Parquet."""
+    from dataclasses import asdict
+
+    from apr_ray.data.demonstrations import write_demonstrations
+    from apr_ray.tasks.registry import load_task
+    from apr_ray.training.session import ray_session
+
+    settings = _config(config, overrides)
+    if out.exists():
+        raise AprError(f"{out} exists", "Choose another --out, or remove it")
+    task = load_task(settings.task)
+    problems = task.problems("train", settings.data.train_problems, settings.run.seed)
+    with ray_session(settings):
+        summary = write_demonstrations(problems, settings.task, settings.data, settings.run.seed, out)
+    _table("demonstrations", ("", ""), [(k, f"{v:,}") for k, v in asdict(summary).items()])
+    _next(f"apr-ray sft --data {out}")
+
+
+@app.command()
+def sft(
+    data: Annotated[Path, typer.Option(help="Folder that `apr-ray data` wrote.")],
+    overrides: Overrides = None,
+    config: Files = None,
+    resume: Resume = None,
+) -> None:
+    """Train a policy on demonstrations."""
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.sft import train_sft
+
+    run = _run(config, overrides, resume, "sft")
+    policy = train_sft(run.config, run, data, ProgressBars())
+    last = [row for row in run.metrics() if "sft/loss" in row][-1:]
+    _table("supervised training", ("metric", "last"), [(k, f"{v:.4g}") for row in last for k, v in row.items()])
+    _next(f"apr-ray eval {_short(policy)}", f"apr-ray train --init {_short(policy)}")
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    init: Annotated[Optional[Path], typer.Option(help="Policy to begin with: a checkpoint or a run folder.")] = None,
+    config: Files = None,
+    resume: Resume = None,
+) -> None:
+    """Train a policy with GRPO over whole thread trees."""
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.grpo import train_grpo
+    from apr_ray.training.run_dir import find_policy
+
+    run = _run(config, overrides, resume, "train")
+    start = init or (Path(run.config.init_from) if run.config.init_from else None)
+    if start is None and run.latest() is None:
+        raise ConfigError("no policy to begin with", "Give --init CHECKPOINT; make one with apr-ray sft")
+    policy = train_grpo(run.config, run, find_policy(start) if start else run.path / "final", ProgressBars())
+    _final_table(run.path)
+    _next(f"apr-ray eval {_short(policy)}", f"apr-ray trace {_short(run.path)}")
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
+    overrides: Overrides = None,
+    config: Files = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write the trees here, as JSON lines.")] = None,
+) -> None:
+    """Accuracy and cost of a policy on held-out problems."""
+    from apr_ray.core.trees_io import write_trees
+    from apr_ray.evaluation.evaluate import evaluate
+    from apr_ray.metrics.names import mode_name
+    from apr_ray.model.llama import read_task
+    from apr_ray.reward.actor import RewardClient
+    from apr_ray.rollout.pool import RolloutPool
+    from apr_ray.tasks.registry import load_task
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.run_dir import find_policy
+    from apr_ray.training.session import ray_session
+
+    policy = find_policy(model)
+    settings = _config(config, overrides)
+    settings = settings.model_copy(update={"task": read_task(policy)})
+    what = settings.evaluation
+    problems = load_task(settings.task).problems(what.split, what.problems, settings.run.seed)
+    rows, trees = [], []
+    with ray_session(settings):
+        pool, reward = RolloutPool.start(settings, str(policy)), RewardClient(settings.task)
+        for temperature in what.temperatures:
+            count = len(problems) * (1 if temperature == 0 else what.samples)
+            with ProgressBars().bar(f"evaluate, {mode_name(temperature)}", count) as bar:
+                result = evaluate(
+                    pool,
+                    reward,
+                    problems,
+                    temperature=temperature,
+                    samples=what.samples,
+                    seed=settings.run.seed,
+                    bar=bar,
+                )
+            prefix = f"eval/{mode_name(temperature)}/"
+            rows += [(mode_name(temperature), k.removeprefix(prefix), f"{v:.4g}") for k, v in result.metrics().items()]
+            trees += result.trees
+    if out is not None:
+        write_trees(out, trees)
+    _table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
+    _next(f'apr-ray trace {_short(policy)} --problem "3 5 7 -> 22"')
+
+
+@app.command()
+def trace(
+    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a file of trees.")],
+    problem: Annotated[Optional[str], typer.Option(help='Solve this one now, e.g. "3 5 7 -> 22".')] = None,
+    number: Annotated[Optional[int], typer.Option(help="Which recorded tree; by default a solved one that spawned.")] = None,
+    temperature: Annotated[float, typer.Option(help="With --problem; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="With --problem.")] = 0,
+    text: Annotated[bool, typer.Option("--text", help="Print every thread's text too.")] = False,
+) -> None:
+    """Print one tree as lanes: who decodes, who waits, what joins."""
+    from apr_ray.evaluation.show import describe_tree, recorded_tree
+
+    if problem is not None:
+        from apr_ray.local import solve
+        from apr_ray.training.run_dir import find_policy
+
+        policy = find_policy(run)
+        tree = solve(problem, policy, temperature=temperature, seed=seed).tree
+    else:
+        tree, policy = recorded_tree(run, number)
+    _console(stderr=False).print(describe_tree(tree, policy, text), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz files.")]) -> None:
+    """Check a folder of traces, joins and verdicts against the grammar, the tokenizer and the verifier."""
+    from apr_ray.tasks.countdown.vectors import check_folder
+
+    report = check_folder(folder)
+    _table(f"vectors in {folder}", ("check", "agree", "differ"), report.rows())
+    for difference in report.differences[:5]:
+        _console(stderr=False).print(difference, highlight=False, markup=False)
+    if report.differences:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="engine, sync or solver.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Last line: one JSON object.")] = False,
+) -> None:
+    """Measure one part against a baseline, side by side, in one run."""
+    import json
+
+    from apr_ray.bench import run_bench
+
+    result = run_bench(name)
+    _table(f"bench {name}", ("measure", "value"), [(k, f"{v:,.4g}" if isinstance(v, float) else str(v)) for k, v in result.items()])
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, and what is missing for what."""
+    from apr_ray.doctor import examine
+
+    rows = examine()
+    _table("apr-ray doctor", ("part", "state", "what for"), rows)
+    if any(state.startswith("missing") for _, state, _ in rows):
+        raise typer.Exit(1)
+
+
+@config_app.command("show")
+def config_show(overrides: Overrides = None, config: Files = None) -> None:
+    """Print the whole configuration as YAML."""
+    from apr_ray.config import to_yaml
+
+    print(to_yaml(_config(config, overrides)), end="")
+
+
+@config_app.command("validate")
+def config_validate(overrides: Overrides = None, config: Files = None) -> None:
+    """Check a configuration, the task's own options included, without starting anything."""
+    from apr_ray.tasks.registry import load_task
+
+    load_task(_config(config, overrides).task)
+    _console(stderr=False).print("the configuration is valid")
+
+
+def _run(files: Sequence[str] | None, overrides: Sequence[str] | None, resume: Path | None, command: str) -> Any:
+    from apr_ray.training.run_dir import RunDir
+
+    if resume is None:
+        return RunDir.create(_config(files, overrides), command)
+    return RunDir.resume(resume, _config([str(resume / "config.yaml"), *(files or [])], overrides))
+
+
+def _console(stderr: bool = True) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in head:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    _console(stderr=False).print(table)
+
+
+def _final_table(grpo: Path) -> None:
+    from apr_ray.evaluation.report import summarise, table_rows
+
+    before, after = summarise(grpo)
+    head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential")
+    _table("before and after GRPO", head, table_rows(before, after))
+
+
+def _next(*lines: str) -> None:
+    console = _console(stderr=False)
+    console.print("next:", highlight=False)
+    for line in lines:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def explain(error: BaseException) -> str | None:
+    """An error in one line with its remedy, or None for one that needs its traceback."""
+    cause = getattr(error, "cause", None)  # Ray wraps what an actor raised
+    if isinstance(cause, BaseException):
+        inner = explain(cause)
+        if inner is not None:
+            return inner
+    if isinstance(error, AprError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full{where}. Free space and go on with --resume: the last complete checkpoint is untouched"
+    if isinstance(error, OSError) and error.errno == errno.EACCES:
+        return f"no permission for {error.filename}. Choose another run.root"
+    return None
+
+
+def main() -> None:
+    """Entry point: errors in one line with the remedy, `--debug` for the traceback, Ctrl-C ends everything."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray's about GPUs
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=arguments, standalone_mode=True)
+    except KeyboardInterrupt:
+        print("stopped; go on with --resume", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        elif (line := explain(error)) is not None:
+            print(f"error: {line}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print("error: this one is not the user's fault; please report it", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""A run's report: the table before and after, three plots, one real tree; HTML with PNG files beside it."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apr_ray.core.ledger import ThreadTree
+from apr_ray.core.trees_io import read_trees
+from apr_ray.evaluation.lanes import lanes_of, render_lanes
+
+MODES = (("greedy", "greedy"), ("t1.0", "temperature 1"))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The last full evaluation of a phase, per mode: metric name (without prefix) to value."""
+
+    label: str
+    step: int
+    modes: Mapping[str, Mapping[str, float]]
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Every line of a run's `metrics.jsonl`."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def summarise(grpo: Path) -> tuple[Summary, Summary]:
+    """The full evaluations before (step 0) and after GRPO. A full one wrote its trees to `eval/`."""
+    steps = sorted({int(p.name.split("-")[1]) for p in (grpo / "eval").glob("step-*.jsonl")})
+    rows = read_metrics(grpo)
+
+    def at(step: int, label: str) -> Summary:
+        modes = {}
+        for mode, _ in MODES:
+            prefix = f"eval/{mode}/"
+            found = [r for r in rows if r["step"] == step and prefix + "accuracy" in r]
+            if found:
+                modes[mode] = {k.removeprefix(prefix): v for k, v in found[-1].items() if k.startswith(prefix)}
+        return Summary(label, step, modes)
+
+    return at(steps[0], "after supervised training"), at(steps[-1], f"after {steps[-1]} GRPO steps")
+
+
+def table_rows(before: Summary, after: Summary) -> list[tuple[str, ...]]:
+    """Rows of the final table: policy, mode, accuracy with interval, children, total and sequential tokens."""
+    rows = []
+    for mode, name in MODES:
+        for summary in (before, after):
+            m = summary.modes.get(mode)
+            if m:
+                interval = f"{100 * m['accuracy']:.1f} % [{100 * m['accuracy_low']:.1f}, {100 * m['accuracy_high']:.1f}]"
+                rows.append(
+                    (
+                        name,
+                        summary.label,
+                        interval,
+                        f"{m['children']:.2f}",
+                        f"{m['total_tokens']:.0f}",
+                        f"{m['sequential_tokens']:.0f}",
+                    )
+                )
+    return rows
+
+
+def pick_tree(path: Path) -> ThreadTree | None:
+    """A tree worth drawing: solved, with the most children; else the one with the most children."""
+    trees = list(read_trees(path))
+    return max(trees, key=lambda t: ((t.reward or 0) > 0 and t.children > 0, t.children), default=None)
+
+
+def write_report(run: Path, sft: Path, grpo: Path) -> Path:
+    """Write `report.html` and its pictures into the run's folder; returns the page's path."""
+    before, after = summarise(grpo)
+    _plot_accuracy(run / "accuracy.png", before, after)
+    _plot_curves(run / "curves.png", read_metrics(sft), read_metrics(grpo))
+    tree = pick_tree(grpo / "eval" / f"step-{after.step:06d}-t1.0.jsonl")
+    if tree is not None:
+        _plot_tree(run / "tree.png", tree)
+    page = run / "report.html"
+    page.write_text(_page(before, after, tree, read_metrics(grpo)), encoding="utf-8")
+    return page
+
+
+def _page(before: Summary, after: Summary, tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]) -> str:
+    head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential tokens")
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(before, after))
+    failures = ""
+    for mode, name in MODES:
+        reasons = {k.removeprefix("failure/"): v for k, v in after.modes.get(mode, {}).items() if k.startswith("failure/")}
+        listed = ", ".join(f"{r} {v:.1f} %" for r, v in sorted(reasons.items(), key=lambda i: -i[1]))
+        failures += f"<p>Failures at the end, {name}: {listed or 'none'}.</p>"
+    steps = [r for r in rows if "time/step_s" in r]
+    phases = ""
+    if steps:
+        mean = {k: sum(r[f"time/{k}_s"] for r in steps) / len(steps) for k in ("rollout", "reward", "learn", "sync", "step")}
+        phases = (
+            f"<p>A GRPO step took {mean['step']:.1f} s: rollouts {mean['rollout']:.1f}, rewards {mean['reward']:.2f},"
+            f" learning {mean['learn']:.1f}, weight sync {mean['sync']:.2f}.</p>"
+        )
+    drawn = ""
+    if tree is not None:
+        drawn = (
+            f"<h2>One tree</h2><p>{html.escape(tree.problem_key)}: {html.escape(tree.verdict)}, {tree.children} children,"
+            f" {tree.total_tokens} tokens of which {tree.sequential_tokens} on the critical path.</p>"
+            f'<img src="tree.png" alt="lanes of one tree"><pre>{html.escape(render_lanes(tree))}</pre>'
+            f"<details><summary>The parent's whole context</summary><pre>{html.escape(tree.final_text)}</pre></details>"
+        )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>apr-ray run</title>'
+        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
+        "img{max-width:100%}pre{overflow:auto;background:#f6f6f6;padding:1rem;font-size:12px}</style>"
+        f"<h1>Adaptive parallel reasoning: before and after GRPO</h1><table><tr>{cells}</tr>{body}</table>"
+        f'<img src="accuracy.png" alt="accuracy"><img src="curves.png" alt="training curves">{failures}{phases}{drawn}</html>'
+    )
+
+
+def _figure(columns: int, width: float = 9.0, height: float = 3.4):  # type: ignore[no-untyped-def]
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _plot_accuracy(path: Path, before: Summary, after: Summary) -> None:
+    figure, (accuracy, cost) = _figure(2)
+    for offset, (summary, colour) in enumerate(((before, "#9aa5b1"), (after, "#2563eb"))):
+        names = [name for mode, name in MODES if mode in summary.modes]
+        found = [summary.modes[mode] for mode, _ in MODES if mode in summary.modes]
+        at = [i + 0.38 * offset - 0.19 for i in range(len(names))]
+        values = [100 * m["accuracy"] for m in found]
+        errors = [
+            [v - 100 * m["accuracy_low"] for v, m in zip(values, found, strict=True)],
+            [100 * m["accuracy_high"] - v for v, m in zip(values, found, strict=True)],
+        ]
+        accuracy.bar(at, values, 0.36, yerr=errors, capsize=4, color=colour, label=summary.label)
+        accuracy.set_xticks(range(len(names)), names)
+        cost.bar(at, [m["total_tokens"] for m in found], 0.36, color=colour, alpha=0.5)
+        cost.bar(at, [m["sequential_tokens"] for m in found], 0.36, color=colour)
+        cost.set_xticks(range(len(names)), names)
+    accuracy.set_ylabel("accuracy, % (95 % interval)")
+    accuracy.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2)
+    cost.set_ylabel("tokens per tree (dark: sequential)")
+    figure.savefig(path, dpi=120)
+
+
+def _plot_curves(path: Path, sft: Sequence[Mapping[str, float]], grpo: Sequence[Mapping[str, float]]) -> None:
+    figure, (loss, reward, size) = _figure(3, 11.0, 3.0)
+    rows = [r for r in sft if "sft/loss" in r]
+    loss.plot([r["sft/tokens"] / 1e6 for r in rows], [r["sft/loss"] for r in rows], color="#2563eb")
+    loss.set(xlabel="million tokens", ylabel="supervised loss, nats", yscale="log")
+    rows = [r for r in grpo if "rollout/reward" in r]
+    steps = [r["step"] for r in rows]
+    reward.plot(steps, [r["rollout/reward"] for r in rows], color="#2563eb", label="reward")
+    reward.plot(steps, [r["rollout/zero_variance_groups"] for r in rows], color="#9aa5b1", label="zero-variance groups")
+    reward.set(xlabel="GRPO step", ylabel="mean over trees, temperature 1", ylim=(0, 1))
+    reward.legend(frameon=False, fontsize=8)
+    size.plot(steps, [r["rollout/children"] for r in rows], color="#2563eb")
+    size.set(xlabel="GRPO step", ylabel="children per tree")
+    figure.savefig(path, dpi=120)
+
+
+def _plot_tree(path: Path, tree: ThreadTree) -> None:
+    lanes = lanes_of(tree)
+    figure, (axis,) = _figure(1, 9.0, 0.9 + 0.38 * len(lanes))
+    colours = {"solved": "#16a34a", "no_solution": "#9aa5b1", "cancelled": "#f59e0b"}
+    for row, lane in enumerate(lanes):
+        colour = "#2563eb" if not lane.path else colours.get(lane.outcome, "#dc2626")
+        if lane.stretches:
+            axis.plot([lane.stretches[0].start, lane.stretches[-1].end], [row, row], color="#cbd5e1", lw=1.5, ls=":")
+        for stretch in lane.stretches:
+            axis.barh(row, stretch.end - stretch.start, left=stretch.start, height=0.6, color=colour)
+    axis.set_yticks(range(len(lanes)), [lane.label if not lane.path else f"child {lane.label}" for lane in lanes])
+    axis.invert_yaxis()
+    axis.set_xlabel("tokens on the causal path")
+    axis.set_title(f"{tree.problem_key}: {tree.verdict}", fontsize=10, loc="left")
+    figure.savefig(path, dpi=120)

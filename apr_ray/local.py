@@ -1,0 +1,70 @@
+"""Solving one problem in this process, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from apr_ray.config import BoundsConfig, EngineConfig
+from apr_ray.core.ledger import Problem, ThreadTree
+from apr_ray.core.task import Verdict
+from apr_ray.engines.registry import build_engine
+from apr_ray.model.llama import load_policy, read_task
+from apr_ray.reward.score import score
+from apr_ray.tasks.registry import load_task
+from apr_ray.threads.events import Listener
+from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """One attempt: truthy iff verified. `text` is the root parent's whole reasoning, joins included."""
+
+    problem: Problem
+    tree: ThreadTree
+    verdict: Verdict
+
+    def __bool__(self) -> bool:
+        return self.verdict.solved
+
+    @property
+    def text(self) -> str:
+        return self.tree.final_text
+
+
+def solve(
+    problem: str | Mapping[str, Any],
+    model: str | Path,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    bounds: BoundsConfig | None = None,
+    listener: Listener | None = None,
+) -> Solution:
+    """Let a trained model solve a problem, spawning threads as it sees fit.
+
+    Args:
+        problem: as text (`"3 5 7 -> 22"`) or as the task's JSON (`{"numbers": [3, 5, 7], "target": 22}`).
+        model: a checkpoint folder that apr-ray wrote.
+        temperature: 0 is greedy.
+        listener: told of every spawn, token, join and end as it happens.
+
+    Raises:
+        AprError: no such checkpoint, another vocabulary, a malformed problem, or one without a solution.
+    """
+    task = load_task(read_task(model))
+    the_problem = task.problem_from_text(problem) if isinstance(problem, str) else task.problem_from_json(problem)
+    task.require_solvable(the_problem)
+    tokenizer = task.load_tokenizer(str(model))
+    load_policy(model, tokenizer)
+    engine = build_engine(EngineConfig(max_sequences=32, cache_slots=16, stream_interval=1), str(model))
+    limits = Bounds(**(bounds or BoundsConfig()).model_dump())
+    request = TreeRequest(the_problem, seed=seed, temperature=temperature)
+    tree = asyncio.run(
+        run_tree(engine, task.protocol(tokenizer), request, limits, tree_id="solve", listener=listener)
+    )
+    verdict = score(task, the_problem, tree.outcome, tree.final_text)
+    return Solution(the_problem, replace(tree, reward=float(verdict.solved), verdict=verdict.reason), verdict)

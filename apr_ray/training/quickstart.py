@@ -1,0 +1,44 @@
+"""The main job end to end: demonstrations, supervised training, GRPO, evaluation, a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apr_ray.config import Config, load_config, to_yaml
+from apr_ray.data.demonstrations import write_demonstrations
+from apr_ray.tasks.registry import load_task
+from apr_ray.tracking.progress import ProgressBars
+from apr_ray.training.grpo import train_grpo
+from apr_ray.training.run_dir import RunDir
+from apr_ray.training.session import ray_session
+from apr_ray.training.sft import train_sft
+
+
+def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
+    """Every phase in order, each in its own folder under the run; phases that are complete are not run again.
+
+    Returns:
+        The folder of the GRPO run, whose `eval/` holds the trees before and after.
+    """
+    task = load_task(config.task)
+    data, sft, grpo = run.path / "data", run.path / "sft", run.path / "grpo"
+    with ray_session(config):
+        if not data.exists():
+            with bars.bar("demonstrations", 1.0) as bar:
+                problems = task.problems("train", config.data.train_problems, config.run.seed)
+                summary = write_demonstrations(problems, config.task, config.data, config.run.seed, data)
+                bar.update(1.0, f"{summary.trees:,} trees, {summary.tokens / 1e6:.1f} M tokens, {summary.solved:,} solved")
+        policy = sft / "final"
+        if not policy.exists():
+            policy = train_sft(config, _phase(config, sft), data, bars)
+        if not (grpo / "final").exists():
+            train_grpo(config, _phase(config, grpo), policy, bars)
+    return grpo
+
+
+def _phase(config: Config, folder: Path) -> RunDir:
+    named = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder.parent), "name": folder.name})})
+    if not (folder / "config.yaml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(named))
+    return RunDir(folder, load_config([folder / "config.yaml"]))
