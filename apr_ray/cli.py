@@ -16,6 +16,7 @@ from apr_ray.core.errors import AprError, ConfigError
 
 if TYPE_CHECKING:
     from apr_ray.config import Config
+    from apr_ray.core.ledger import ThreadTree
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Adaptive parallel reasoning on Ray: train, evaluate and run models that spawn and join threads.",
+    epilog="Add --debug to any command for the traceback of an error.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
 app.add_typer(config_app, name="config")
@@ -171,7 +173,8 @@ def evaluate_command(
     settings = settings.model_copy(update={"task": read_task(policy)})
     what = settings.evaluation
     problems = load_task(settings.task).problems(what.split, what.problems, settings.run.seed)
-    rows, trees = [], []
+    rows: list[tuple[str, str, str]] = []
+    trees: list[ThreadTree] = []
     with ray_session(settings):
         pool, reward = RolloutPool.start(settings, str(policy)), RewardClient(settings.task)
         for temperature in what.temperatures:
@@ -199,7 +202,9 @@ def evaluate_command(
 def trace(
     run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a file of trees.")],
     problem: Annotated[Optional[str], typer.Option(help='Solve this one now, e.g. "3 5 7 -> 22".')] = None,
-    number: Annotated[Optional[int], typer.Option(help="Which recorded tree; by default a solved one that spawned.")] = None,
+    number: Annotated[
+        Optional[int], typer.Option(help="Which recorded tree; by default a solved one that spawned.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="With --problem; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="With --problem.")] = 0,
     text: Annotated[bool, typer.Option("--text", help="Print every thread's text too.")] = False,
@@ -212,10 +217,11 @@ def trace(
         from apr_ray.training.run_dir import find_policy
 
         policy = find_policy(run)
+        beside: Path | None = policy
         tree = solve(problem, policy, temperature=temperature, seed=seed).tree
     else:
-        tree, policy = recorded_tree(run, number)
-    _console(stderr=False).print(describe_tree(tree, policy, text), highlight=False, markup=False, soft_wrap=True)
+        tree, beside = recorded_tree(run, number)
+    _console(stderr=False).print(describe_tree(tree, beside, text), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -242,7 +248,11 @@ def bench(
     from apr_ray.bench import run_bench
 
     result = run_bench(name)
-    _table(f"bench {name}", ("measure", "value"), [(k, f"{v:,.4g}" if isinstance(v, float) else str(v)) for k, v in result.items()])
+    _table(
+        f"bench {name}",
+        ("measure", "value"),
+        [(k, f"{v:,.4g}" if isinstance(v, float) else str(v)) for k, v in result.items()],
+    )
     if as_json:
         print(json.dumps(result))
 

@@ -5,6 +5,7 @@ Every default stands here and nowhere else. `apr-ray config show` prints the who
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -258,7 +259,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
     Raises:
         ConfigError: a file that cannot be read, an unknown key (with the nearest known one), a bad value.
     """
-    tree: dict[str, Any] = {}
+    tree = Config().model_dump(mode="json")  # so that `a.b=c` keeps the other defaults of `a`
     for file in files:
         path = Path(file)
         try:
@@ -294,7 +295,8 @@ def parse_options(kind: Any, options: Mapping[str, Any], prefix: str) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The whole tree as YAML that `load_config` reads back to an equal Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -318,10 +320,8 @@ def _override(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not YAML", "Quote it") from error
     if isinstance(tree, str):
-        try:
+        with contextlib.suppress(ValueError):
             tree = float(tree)  # YAML reads 1e-3 as text
-        except ValueError:
-            pass
     for part in reversed(key.split(".")):
         tree = {part: tree}
     assert isinstance(tree, dict)

@@ -63,8 +63,6 @@ def solve(
     engine = build_engine(EngineConfig(max_sequences=32, cache_slots=16, stream_interval=1), str(model))
     limits = Bounds(**(bounds or BoundsConfig()).model_dump())
     request = TreeRequest(the_problem, seed=seed, temperature=temperature)
-    tree = asyncio.run(
-        run_tree(engine, task.protocol(tokenizer), request, limits, tree_id="solve", listener=listener)
-    )
+    tree = asyncio.run(run_tree(engine, task.protocol(tokenizer), request, limits, tree_id="solve", listener=listener))
     verdict = score(task, the_problem, tree.outcome, tree.final_text)
     return Solution(the_problem, replace(tree, reward=float(verdict.solved), verdict=verdict.reason), verdict)

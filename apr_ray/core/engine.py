@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a decoding ended."""
 
     STOP = "stop"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class Problem(Protocol):
         ...
 
 
-class Disposition(str, Enum):
+class Disposition(StrEnum):
     """What becomes of a sampled token in training."""
 
     TRAINED = "trained"
@@ -125,7 +125,7 @@ class Spawn:
     labels: tuple[str, ...]
 
 
-class JoinOutcome(str, Enum):
+class JoinOutcome(StrEnum):
     """How a child ended, as its parent is told."""
 
     SOLVED = "solved"
@@ -152,7 +152,7 @@ class Join:
     kept_tokens: int
 
 
-class Outcome(str, Enum):
+class Outcome(StrEnum):
     """How a whole tree ended."""
 
     ANSWERED = "answered"

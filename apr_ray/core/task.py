@@ -97,7 +97,7 @@ class SpawnJoinProtocol(Protocol):
         ...
 
     def read_call(self, context: Sequence[int], sampled: Sequence[int], depth: int) -> SpawnRequest | ThreadEnd:
-        """What the end of a finished call asks for. `context` is the call's prompt; never raises on what a model wrote."""
+        """What the end of a finished call asks for; `context` is its prompt. Never raises on what a model wrote."""
         ...
 
     def read_child(self, context: Sequence[int], sampled: Sequence[int]) -> ChildResult:

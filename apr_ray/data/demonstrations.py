@@ -1,6 +1,6 @@
 """Demonstrations: the solver's texts, tokenised, in Parquet; one row a sequence.
 
-    problems ─▶ ray.data: solve and tokenise in parallel ─▶ Parquet ─▶ Demonstrations (flat arrays) ─▶ SftSampler
+problems ─▶ ray.data: solve and tokenise in parallel ─▶ Parquet ─▶ Demonstrations (flat arrays) ─▶ SftSampler
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -46,7 +46,9 @@ class DataSummary:
     seed: int
 
 
-def write_demonstrations(problems: Sequence[Problem], task: TaskConfig, data: DataConfig, seed: int, out: Path) -> DataSummary:
+def write_demonstrations(
+    problems: Sequence[Problem], task: TaskConfig, data: DataConfig, seed: int, out: Path
+) -> DataSummary:
     """Solve every problem with every solver seed and write `out`, complete or not at all.
 
     The rows do not depend on the number of workers: each is made from (problem, solver seed) alone.
@@ -62,11 +64,12 @@ def write_demonstrations(problems: Sequence[Problem], task: TaskConfig, data: Da
     ]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in ("ray.data", "ray.data._internal.progress"):  # it would warn that its own bars are off
+        logging.getLogger(name).setLevel(logging.ERROR)
     (
         ray.data.from_items(items, override_num_blocks=2 * data.workers)
         .map_batches(
-            _solve_batch,
+            cast(Any, _solve_batch),
             batch_format="pyarrow",
             batch_size=512,
             fn_kwargs={"task": task, "max_tokens": data.max_sequence_tokens, "seed": seed},
@@ -97,7 +100,9 @@ def _tools(task: str) -> tuple[Any, Any]:
     return the_task, the_task.tokenizer()
 
 
-def solve_rows(task: Any, tokenizer: Any, items: Sequence[dict[str, Any]], max_tokens: int, seed: int) -> list[dict[str, Any]]:
+def solve_rows(
+    task: Any, tokenizer: Any, items: Sequence[dict[str, Any]], max_tokens: int, seed: int
+) -> list[dict[str, Any]]:
     """The rows of some (problem, solver seed) items; a tree with a sequence over `max_tokens` is dropped whole."""
     rows = []
     for item in items:

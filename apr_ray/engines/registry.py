@@ -19,6 +19,4 @@ def build_engine(config: EngineConfig, checkpoint: str) -> Engine:
             context_tokens=config.context_tokens,
             stream_interval=config.stream_interval,
         )
-    raise AprError(
-        f"engine {config.name!r} is not part of this version", "Use engine.name=torch, the embedded engine"
-    )
+    raise AprError(f"engine {config.name!r} is not part of this version", "Use engine.name=torch, the embedded engine")

@@ -64,9 +64,7 @@ def evaluate(
     """Run every problem `samples` times (once when greedy) and check the answers."""
     samples = 1 if temperature == 0 else samples
     asked = [(problem, sample) for problem in problems for sample in range(samples)]
-    requests = [
-        TreeRequest(p, s, tree_seed(seed, f"eval-{temperature}", p.key, s), temperature) for p, s in asked
-    ]
+    requests = [TreeRequest(p, s, tree_seed(seed, f"eval-{temperature}", p.key, s), temperature) for p, s in asked]
     trees: list[ThreadTree | None] = [None] * len(asked)
     for done, (index, tree) in enumerate(pool.run(requests), start=1):
         trees[index] = tree

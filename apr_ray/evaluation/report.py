@@ -49,12 +49,14 @@ def summarise(grpo: Path) -> tuple[Summary, Summary]:
 
 def table_rows(before: Summary, after: Summary) -> list[tuple[str, ...]]:
     """Rows of the final table: policy, mode, accuracy with interval, children, total and sequential tokens."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for mode, name in MODES:
         for summary in (before, after):
             m = summary.modes.get(mode)
             if m:
-                interval = f"{100 * m['accuracy']:.1f} % [{100 * m['accuracy_low']:.1f}, {100 * m['accuracy_high']:.1f}]"
+                interval = (
+                    f"{100 * m['accuracy']:.1f} % [{100 * m['accuracy_low']:.1f}, {100 * m['accuracy_high']:.1f}]"
+                )
                 rows.append(
                     (
                         name,
@@ -90,16 +92,22 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
 def _page(before: Summary, after: Summary, tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]) -> str:
     head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential tokens")
     cells = "".join(f"<th>{h}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(before, after))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(before, after)
+    )
     failures = ""
     for mode, name in MODES:
-        reasons = {k.removeprefix("failure/"): v for k, v in after.modes.get(mode, {}).items() if k.startswith("failure/")}
+        reasons = {
+            k.removeprefix("failure/"): v for k, v in after.modes.get(mode, {}).items() if k.startswith("failure/")
+        }
         listed = ", ".join(f"{r} {v:.1f} %" for r, v in sorted(reasons.items(), key=lambda i: -i[1]))
         failures += f"<p>Failures at the end, {name}: {listed or 'none'}.</p>"
     steps = [r for r in rows if "time/step_s" in r]
     phases = ""
     if steps:
-        mean = {k: sum(r[f"time/{k}_s"] for r in steps) / len(steps) for k in ("rollout", "reward", "learn", "sync", "step")}
+        mean = {
+            k: sum(r[f"time/{k}_s"] for r in steps) / len(steps) for k in ("rollout", "reward", "learn", "sync", "step")
+        }
         phases = (
             f"<p>A GRPO step took {mean['step']:.1f} s: rollouts {mean['rollout']:.1f}, rewards {mean['reward']:.2f},"
             f" learning {mean['learn']:.1f}, weight sync {mean['sync']:.2f}.</p>"
@@ -107,10 +115,11 @@ def _page(before: Summary, after: Summary, tree: ThreadTree | None, rows: Sequen
     drawn = ""
     if tree is not None:
         drawn = (
-            f"<h2>One tree</h2><p>{html.escape(tree.problem_key)}: {html.escape(tree.verdict)}, {tree.children} children,"
-            f" {tree.total_tokens} tokens of which {tree.sequential_tokens} on the critical path.</p>"
+            f"<h2>One tree</h2><p>{html.escape(tree.problem_key)}: {html.escape(tree.verdict)},"
+            f" {tree.children} children, {tree.total_tokens} tokens, {tree.sequential_tokens} of them"
+            f" on the critical path.</p>"
             f'<img src="tree.png" alt="lanes of one tree"><pre>{html.escape(render_lanes(tree))}</pre>'
-            f"<details><summary>The parent's whole context</summary><pre>{html.escape(tree.final_text)}</pre></details>"
+            f"<details><summary>The parent's context</summary><pre>{html.escape(tree.final_text)}</pre></details>"
         )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>apr-ray run</title>'
@@ -118,7 +127,8 @@ def _page(before: Summary, after: Summary, tree: ThreadTree | None, rows: Sequen
         "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
         "img{max-width:100%}pre{overflow:auto;background:#f6f6f6;padding:1rem;font-size:12px}</style>"
         f"<h1>Adaptive parallel reasoning: before and after GRPO</h1><table><tr>{cells}</tr>{body}</table>"
-        f'<img src="accuracy.png" alt="accuracy"><img src="curves.png" alt="training curves">{failures}{phases}{drawn}</html>'
+        f'<img src="accuracy.png" alt="accuracy"><img src="curves.png" alt="training curves">'
+        f"{failures}{phases}{drawn}</html>"
     )
 
 

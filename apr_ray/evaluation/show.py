@@ -19,7 +19,9 @@ def recorded_tree(path: Path, number: int | None = None) -> tuple[ThreadTree, Pa
     """
     files = [path] if path.is_file() else sorted(path.glob("eval/*.jsonl")) or sorted(path.glob("*/eval/*.jsonl"))
     if not files:
-        raise AprError(f"no recorded trees in {path}", 'Record some with apr-ray train, or give --problem "3 5 7 -> 22"')
+        raise AprError(
+            f"no recorded trees in {path}", 'Record some with apr-ray train, or give --problem "3 5 7 -> 22"'
+        )
     trees = list(read_trees(files[-1]))
     policy = files[-1].parent.parent / "final"
     where = policy if policy.is_dir() else None

@@ -17,7 +17,6 @@ from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_g
 from apr_ray.tasks.registry import load_task
 
 
-@ray.remote
 class LearnerActor:
     """A thin shell around one `Trainer`."""
 
@@ -34,7 +33,8 @@ class LearnerActor:
         """Where rank 0 will listen: its node and a port that is free now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+            ip = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            return str(ip), int(probe.getsockname()[1])
 
     def start(self, address: str, port: int) -> int:
         """Join the group and build the policy; returns its parameter count."""
@@ -94,8 +94,8 @@ class LearnerGroup:
         """Start the ranks and let them meet."""
         learner: LearnerConfig = config.learner
         options = {"num_cpus": learner.cpus_per_rank, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-        actors = [
-            LearnerActor.options(name=None, **options).remote(config, optimizer, init_from, rank)
+        actors: list[Any] = [
+            ray.remote(LearnerActor).options(**options).remote(config, optimizer, init_from, rank)
             for rank in range(learner.ranks)
         ]
         address, port = ray.get(actors[0].address.remote())

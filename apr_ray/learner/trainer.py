@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,8 +133,7 @@ class Trainer:
         loss_sum, padded, tokens = 0.0, 0, 0
         for indices in self.plan(batch):
             rows = _Rows(batch, indices)
-            with self.autocast():
-                logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+            logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
             loss = sft_loss(token_logprobs(logits, rows.tokens), rows.weights)
             self.engine.backward(loss * self.world)
             loss_sum += float(loss.detach())
@@ -149,13 +147,14 @@ class Trainer:
         the same weights."""
         plan = self.plan(batch)
         rows_of = [_Rows(batch, indices) for indices in plan]
-        references = [self.reference_logprobs(rows, step.temperature) if step.kl_coefficient else None for rows in rows_of]
+        references = [
+            self.reference_logprobs(rows, step.temperature) if step.kl_coefficient else None for rows in rows_of
+        ]
         out = []
         for _ in range(step.inner_steps):
             parts = []
             for rows, reference in zip(rows_of, references, strict=True):
-                with self.autocast():
-                    logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+                logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
                 with torch.no_grad():
                     entropy = token_entropy(logits, step.temperature)
                 result = grpo_loss(
@@ -217,12 +216,6 @@ class Trainer:
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.learner.grad_clip))
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Matrix products in bfloat16 where configured."""
-        if self.learner.autocast == "none":
-            return nullcontext()
-        return torch.autocast("cpu", torch.bfloat16)
 
     # --- reference, weights, checkpoints ----------------------------------------------------------------------------
 
@@ -296,4 +289,3 @@ def init_process_group(rank: int, world: int, address: str, port: int) -> None:
         rank=rank,
         world_size=world,
     )
-

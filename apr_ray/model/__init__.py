@@ -1,1 +1,1 @@
-"""The policy: a Llama from a config, checkpoints in Hugging Face form, and the map between their names and an engine's."""
+"""The policy: a Llama from a config, checkpoints in Hugging Face form."""

@@ -58,14 +58,13 @@ def load_policy(checkpoint: str | Path, tokenizer: Tokenizer | None = None) -> L
         AprError: no checkpoint there, or its vocabulary is not the tokenizer's.
     """
     from transformers import LlamaForCausalLM
-
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     config = read_config(checkpoint)
     if tokenizer is not None and config["vocab_size"] != tokenizer.vocab_size:
         raise AprError(
-            f"checkpoint {checkpoint} has a vocabulary of {config['vocab_size']}, the task's has {tokenizer.vocab_size}",
+            f"{checkpoint} has a vocabulary of {config['vocab_size']}, the task's has {tokenizer.vocab_size}",
             "Give a checkpoint trained with this task's tokenizer, or train one: apr-ray sft",
         )
     return LlamaForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)

@@ -27,7 +27,12 @@ def pack_weights(parameters: Iterable[tuple[str, torch.Tensor]], version: Weight
         into[offset : offset + tensor.numel()].copy_(tensor.detach().reshape(-1))
         specs.append(TensorSpec(name, tuple(tensor.shape), offset))
         offset += tensor.numel()
-    return WeightUpdate(version, tuple(specs), flat, zlib.crc32(memoryview(flat).cast("B")))
+    return WeightUpdate(version, tuple(specs), flat, checksum(flat))
+
+
+def checksum(flat: np.ndarray[Any, Any]) -> int:
+    """CRC-32 of a buffer's bytes."""
+    return zlib.crc32(np.ascontiguousarray(flat).view(np.uint8).data)
 
 
 def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], current: WeightVersion) -> None:
@@ -63,7 +68,7 @@ def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], 
         end += int(np.prod(spec.shape, dtype=np.int64))
     if end != update.flat.size:
         refuse(f"the buffer holds {update.flat.size} numbers, its parameters {end}")
-    if zlib.crc32(memoryview(np.ascontiguousarray(update.flat)).cast("B")) != update.checksum:
+    if checksum(update.flat) != update.checksum:
         refuse("the checksum is wrong")
     if not np.isfinite(update.flat).all():
         bad = next(s.name for s in update.specs if not np.isfinite(update.state_dict()[s.name]).all())

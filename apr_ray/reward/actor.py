@@ -15,7 +15,6 @@ from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
 
 
-@ray.remote
 class RewardActor:
     """Checks solutions away from the driver and the engines."""
 
@@ -32,7 +31,7 @@ class RewardClient:
 
     def __init__(self, task: TaskConfig) -> None:
         options = {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-        self.actor: Any = RewardActor.options(**options).remote(task)
+        self.actor: Any = ray.remote(RewardActor).options(**options).remote(task)
 
     def score(self, problems: Sequence[Problem], trees: Sequence[ThreadTree]) -> list[ThreadTree]:
         """Trees with their rewards and verdicts; `problems[i]` is tree i's."""

@@ -41,8 +41,8 @@ class RolloutPool:
             "max_concurrency": rollout.concurrent_trees + 8,  # room for weight updates and checks beside the trees
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
         }
-        workers = [
-            RolloutWorker.options(**options).remote(config, checkpoint, f"worker-{i:02d}")
+        workers: list[Any] = [
+            ray.remote(RolloutWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}")
             for i in range(rollout.workers)
         ]
         ray.get([worker.ready.remote() for worker in workers])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import ray
 
 from apr_ray.config import BoundsConfig, Config
 from apr_ray.core.engine import Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
@@ -21,9 +18,8 @@ def bounds_of(config: BoundsConfig) -> Bounds:
     return Bounds(**config.model_dump())
 
 
-@ray.remote
 class RolloutWorker:
-    """A Ray actor around one engine. Its methods are coroutines on one loop: the engine's steps interleave with them."""
+    """A Ray actor around one engine; its methods are coroutines on one loop, between which the engine steps."""
 
     def __init__(self, config: Config, checkpoint: str, worker_id: str) -> None:
         import torch
@@ -77,7 +73,3 @@ class RolloutWorker:
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self.worker_id})"
-
-
-Worker = Any
-"""An actor handle of `RolloutWorker`."""

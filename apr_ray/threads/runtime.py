@@ -247,7 +247,7 @@ class _Tree:
         return None
 
     async def run_call(self, path: Path, segment: int, prompt: tuple[int, ...]) -> Call:
-        """One call. Where the model writes what only the runtime may, the right token is forced and the call goes on."""
+        """One call. Where the model writes what only the runtime may, the right token is forced and it goes on."""
         recorder = _Recorder(path, segment, prompt, self.engine_id)
         self.emit(CallStarted(path, segment, len(prompt)))
         resumption = 0

@@ -73,8 +73,8 @@ class MlflowTracker:
             by_path.setdefault(call.path, []).append(call)
         root = start_span(
             f"tree {tree.problem_key}",
-            inputs={"problem": tree.problem_key, "sample": tree.sample},
-            attributes={"run_id": self.run_id, "step": step, "outcome": tree.outcome.value},
+            inputs={"problem": tree.problem_key, "sample": str(tree.sample)},
+            attributes={"run_id": self.run_id, "step": str(step), "outcome": tree.outcome.value},
             metadata={"mlflow.sourceRun": self.run_id},
             start_time_ns=_ns(min(c.start_s for c in tree.calls)),
         )
@@ -86,9 +86,9 @@ class MlflowTracker:
                     f"call {call.segment}",
                     parent_span=thread,
                     attributes={
-                        "prompt_tokens": len(call.prompt_ids),
-                        "sampled_tokens": call.sampled_tokens,
-                        "cached_tokens": call.cached_tokens,
+                        "prompt_tokens": str(len(call.prompt_ids)),
+                        "sampled_tokens": str(call.sampled_tokens),
+                        "cached_tokens": str(call.cached_tokens),
                         "finish": call.finish.value,
                         "weight_version": str(call.kv_version),
                     },

@@ -2,12 +2,14 @@
 
     problems ─▶ pool.run ─▶ reward.score ─▶ grpo_batch ─▶ learners.grpo_step ─▶ broadcast ─▶ check ─▶ next step
 
-Departures from textbook GRPO: the loss of a call is the mean over its tokens, of a tree the mean over its calls; the old
-policy of the ratio is the engine that drew the tokens; groups without variance are left out when there is no KL term.
+Departures from textbook GRPO: the loss of a call is the mean over its tokens, of a tree the mean over its calls; the
+old policy of the ratio is the engine that drew the tokens; groups without variance are left out when there is no KL
+term.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,7 +160,7 @@ def step_metrics(
     pool: RolloutPool,
 ) -> dict[str, float]:
     """One step's metrics, by their names in `metrics.names`."""
-    rollout_s, reward_s, learn_s, sync_s = (b - a for a, b in zip(times, times[1:], strict=False))
+    rollout_s, reward_s, learn_s, sync_s = (b - a for a, b in itertools.pairwise(times))
     groups = max(1, len({t.problem_key for t in trees}))
     prompt = sum(len(c.prompt_ids) for t in trees for c in t.calls)
     out = {
@@ -244,5 +246,3 @@ class _Watch:
         improved = result.accuracy > state.best_accuracy
         state.best_accuracy = max(state.best_accuracy, result.accuracy)
         return improved
-
-

@@ -27,7 +27,9 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
             with bars.bar("demonstrations", 1.0) as bar:
                 problems = task.problems("train", config.data.train_problems, config.run.seed)
                 summary = write_demonstrations(problems, config.task, config.data, config.run.seed, data)
-                bar.update(1.0, f"{summary.trees:,} trees, {summary.tokens / 1e6:.1f} M tokens, {summary.solved:,} solved")
+                bar.update(
+                    1.0, f"{summary.trees:,} trees, {summary.tokens / 1e6:.1f} M tokens, {summary.solved:,} solved"
+                )
         policy = sft / "final"
         if not policy.exists():
             policy = train_sft(config, _phase(config, sft), data, bars)
@@ -37,7 +39,9 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
 
 
 def _phase(config: Config, folder: Path) -> RunDir:
-    named = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder.parent), "name": folder.name})})
+    named = config.model_copy(
+        update={"run": config.run.model_copy(update={"root": str(folder.parent), "name": folder.name})}
+    )
     if not (folder / "config.yaml").exists():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(named))

@@ -1,11 +1,11 @@
 """A run's folder: its config, metrics, trees and checkpoints; all that `--resume` needs.
 
-    runs/NAME/config.yaml             the whole configuration
-             metrics.jsonl            one line a step, as logged
-             eval/step-000010-greedy.jsonl    the trees of an evaluation
-             checkpoints/step-000010/{policy,optimizer,state.json}
-             best/                    the policy with the best held-out accuracy
-             final/                   the policy at the end
+runs/NAME/config.yaml             the whole configuration
+         metrics.jsonl            one line a step, as logged
+         eval/step-000010-greedy.jsonl    the trees of an evaluation
+         checkpoints/step-000010/{policy,optimizer,state.json}
+         best/                    the policy with the best held-out accuracy
+         final/                   the policy at the end
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ class RunDir:
         try:
             path.mkdir(parents=True)
         except FileExistsError as error:
-            raise AprError(
-                f"run folder {path} exists", "Go on with --resume, or choose another run.name"
-            ) from error
+            raise AprError(f"run folder {path} exists", "Go on with --resume, or choose another run.name") from error
         except OSError as error:
             raise AprError(f"cannot make run folder {path}: {error.strerror}", "Choose another run.root") from error
         _write(path / "config.yaml", to_yaml(config))

@@ -61,7 +61,9 @@ def ray_session(config: Config) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
     except ConnectionError as error:
-        raise AprError(f"no Ray cluster at {config.ray.address!r}: {error}", "Start one, or leave ray.address out") from error
+        raise AprError(
+            f"no Ray cluster at {config.ray.address!r}: {error}", "Start one, or leave ray.address out"
+        ) from error
     try:
         yield
     finally:

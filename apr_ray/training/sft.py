@@ -65,9 +65,11 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                     }
                     run.log(metrics, state.step)
                     tracker.log(metrics, state.step)
-                    note = f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens  {speed:,.0f}/s"
+                    note = (
+                        f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens  {speed:,.0f}/s"
+                    )
                     bar.update(min(1.0, done()), note)
-                if state.step % sft.save_every == 0 and not pending or done() >= 1 and not pending:
+                if (state.step % sft.save_every == 0 and not pending) or (done() >= 1 and not pending):
                     state.elapsed_s, state.position = clock.elapsed_s(), dict(sampler.position)
                     with run.checkpoint(state) as folder:
                         learners.save(folder)

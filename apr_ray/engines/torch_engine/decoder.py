@@ -98,7 +98,9 @@ class Decoder:
         """Take over weights by Hugging Face names; the caller has checked them."""
 
         def get(name: str) -> torch.Tensor:
-            return torch.tensor(state[name], dtype=torch.float32, device=self.device)  # a copy: the source may be shared
+            return torch.tensor(
+                state[name], dtype=torch.float32, device=self.device
+            )  # a copy: the source may be shared
 
         self.embed = get("model.embed_tokens.weight")
         self.head = self.embed if self.shape.tied else get("lm_head.weight")
@@ -150,8 +152,10 @@ class Decoder:
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
-            q, k, v = projected.view(n, width, heads + 2 * kv_heads, size).transpose(1, 2).split(
-                (heads, kv_heads, kv_heads), dim=1
+            q, k, v = (
+                projected.view(n, width, heads + 2 * kv_heads, size)
+                .transpose(1, 2)
+                .split((heads, kv_heads, kv_heads), dim=1)
             )
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             keys, values = self.keys[layer], self.values[layer]

@@ -2,7 +2,7 @@
 
 Invariants (tested):
 - rows [0, active) are the running requests and hold their KV contiguously, so that a decode step reads it in place;
-- a row's KV covers its first `kv_len` tokens, computed under the current weights; what is beyond is prefilled next step;
+- a row's KV covers its first `kv_lengths[row]` tokens, under the current weights; what is beyond is prefilled next;
 - rows [max_sequences, slots) keep the KV of ended requests for whoever begins with the same tokens;
 - weights change between steps only. All KV is recomputed after a change, so every token's `kv_version` is its version.
 """
@@ -27,6 +27,7 @@ from apr_ray.engines.torch_engine.sampler import sample, uniforms
 from apr_ray.model.llama import load_policy, read_config
 from apr_ray.model.state import check_update, trainable_parameters
 
+FIRST_VERSION = WeightVersion(0, 0)
 MIN_REUSED_TOKENS = 4
 """A shorter common prefix is cheaper to compute again than to copy."""
 
@@ -67,7 +68,7 @@ class TorchEngine:
         self,
         shape: DecoderShape,
         state: Mapping[str, np.ndarray[Any, Any]],
-        version: WeightVersion = WeightVersion(0, 0),
+        version: WeightVersion = FIRST_VERSION,
         *,
         max_sequences: int = 64,
         cache_slots: int = 64,

@@ -22,13 +22,15 @@ def uniforms(seeds: np.ndarray[Any, Any], counters: np.ndarray[Any, Any]) -> np.
     with np.errstate(over="ignore"):
         x = _mix(seeds + _U64(0x9E3779B97F4A7C15))
         x = _mix(x ^ (counters * _U64(0xD1342543DE82EF95) + _U64(0x2545F4914F6CDD1D)))
-    return (x >> _U64(11)).astype(np.float64) / float(1 << 53)
+    out: np.ndarray[Any, np.dtype[np.float64]] = (x >> _U64(11)).astype(np.float64) / float(1 << 53)
+    return out
 
 
 def _mix(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return x ^ (x >> _U64(31))
+    out: np.ndarray[Any, Any] = x ^ (x >> _U64(31))
+    return out
 
 
 def sample(

@@ -79,7 +79,7 @@ class ProblemSpace:
                 raise AprError(f"task.{name} is {value}", "Use a fraction in [0, 1)")
 
     def split_of(self, problem: CountdownProblem) -> str:
-        """"train", "heldout" or "heldout_targets", by stable hashes alone: the same on any machine."""
+        """ "train", "heldout" or "heldout_targets", by stable hashes alone: the same on any machine."""
         if _unit_hash(f"target:{problem.target}") < self.heldout_targets_fraction:
             return "heldout_targets"
         if _unit_hash(f"pair:{problem.split_key}") < self.heldout_fraction:

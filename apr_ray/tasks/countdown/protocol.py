@@ -89,4 +89,3 @@ class CountdownProtocol:
     def text(self, ids: Sequence[int]) -> str:
         """Ids as text without special tokens."""
         return self.tokenizer.decode(ids)
-

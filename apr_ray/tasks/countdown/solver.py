@@ -92,7 +92,7 @@ class _Point:
 
 
 def rng_for(problem: CountdownProblem, solver_seed: int) -> random.Random:
-    """The one generator of a solver run; the text of the problem, not its hash, seeds it, so it is the same anywhere."""
+    """The one generator of a solver run; seeded by text, not by a hash, so it is the same anywhere."""
     return random.Random(f"{problem.key}#{solver_seed}")
 
 
@@ -199,7 +199,9 @@ class _Search:
         return "".join(line + "\n" for line in self.out)
 
 
-def _child_search(start: _Point, beam: int, rng: random.Random) -> tuple[str, tuple[tuple[Node, State], ...], Operation | None]:
+def _child_search(
+    start: _Point, beam: int, rng: random.Random
+) -> tuple[str, tuple[tuple[Node, State], ...], Operation | None]:
     """A child's whole completion (without its two prompt lines), and the path and last operation of its solution."""
     search = _Search(_Point(start.node, start.state, ()), beam, rng)
     first = True
@@ -225,9 +227,7 @@ def solve_apr(problem: CountdownProblem, solver_seed: int, options: SolverOption
     return _solve_apr(problem, beam, child_beam, options.promising, rng)
 
 
-def _solve_apr(
-    problem: CountdownProblem, beam: int, child_beam: int, promising: float, rng: random.Random
-) -> AprTrace:
+def _solve_apr(problem: CountdownProblem, beam: int, child_beam: int, promising: float, rng: random.Random) -> AprTrace:
     target = problem.target
     search = _Search(_Point(ROOT, root_state(problem), ()), beam, rng)
     prompt = child_prompt(ROOT, root_state(problem))
@@ -290,9 +290,7 @@ def solve_sosp(
     return start.state.text(), "\n" + "".join(line + "\n" for line in out), solved
 
 
-def _search_sosp(
-    start: _Point, level: int, beam: int, promising: float, rng: random.Random, out: list[str]
-) -> bool:
+def _search_sosp(start: _Point, level: int, beam: int, promising: float, rng: random.Random, out: list[str]) -> bool:
     """Write one (sub) search after its "Current State" line; a failed one ends in "No solution found."."""
     search = _Search(start, beam, rng)
     search.out = out

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apr_ray.core.task import ChildResult
 from apr_ray.core.ledger import JoinOutcome
+from apr_ray.core.task import ChildResult
 from apr_ray.tasks.countdown.grammar import (
     JOIN_CLOSE,
     JOIN_OPEN,

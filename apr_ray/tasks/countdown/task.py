@@ -105,6 +105,6 @@ class CountdownTask:
         if not is_solvable(problem.numbers, problem.target):
             reachable = sorted(reachable_targets(problem.numbers), key=lambda t: (abs(t - problem.target), t))[:3]
             raise AprError(
-                f"{problem.target} cannot be reached from {', '.join(map(str, problem.numbers))}, using each number once",
+                f"{problem.target} cannot be reached from {', '.join(map(str, problem.numbers))}, each used once",
                 f"Nearest targets that can: {', '.join(map(str, reachable))}",
             )

@@ -33,7 +33,9 @@ class VectorReport:
             return
         self.differ[name] += 1
         if len(self.differences) < 20:
-            self.differences.append(f"{where}: {name} differs\n  ours   {_first(ours, theirs)}\n  theirs {_first(theirs, ours)}")
+            self.differences.append(
+                f"{where}: {name} differs\n  ours   {_first(ours, theirs)}\n  theirs {_first(theirs, ours)}"
+            )
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(check, agree, differ) for a table."""
@@ -142,6 +144,8 @@ def _check_verdicts(report: VectorReport, tokenizer: CountdownTokenizer, rows: l
 def _first(value: object, other: object) -> str:
     """The neighbourhood of the first difference of two texts, or the value."""
     if isinstance(value, str) and isinstance(other, str):
-        at = next((i for i, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), min(len(value), len(other)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), min(len(value), len(other))
+        )
         return f"at character {at}: {value[max(0, at - 20) : at + 40]!r}"
     return repr(value)[:200]

@@ -1,0 +1,83 @@
+"""What tests share: a tiny task, a tiny checkpoint, one Ray for all tests that need it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
+from apr_ray.tasks.countdown.task import CountdownTask
+from apr_ray.tasks.registry import load_task
+
+TASK = {
+    "space": {"count": 3, "low": 1, "high": 12, "target_low": 1, "target_high": 60, "heldout_fraction": 0.2},
+    "solver": {"beam_low": 1, "beam_high": 3, "child_beam_high": 4, "promising": 0.7},
+}
+MODEL = ModelConfig(hidden_size=32, layers=2, heads=2, ffn_size=48, context_tokens=768)
+
+
+@pytest.fixture(scope="session")
+def task_config() -> TaskConfig:
+    return TaskConfig(options=TASK)
+
+
+@pytest.fixture(scope="session")
+def task(task_config: TaskConfig) -> CountdownTask:
+    loaded = load_task(task_config)
+    assert isinstance(loaded, CountdownTask)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, task: CountdownTask, task_config: TaskConfig) -> Path:
+    """An untrained policy with large weights, so that its distributions are far from uniform."""
+    import torch
+
+    from apr_ray.model.llama import new_policy, save_policy
+
+    torch.set_num_threads(1)
+    policy = new_policy(MODEL.model_copy(update={"initializer_range": 0.25}), task.tokenizer(), seed=7)
+    folder = tmp_path_factory.mktemp("checkpoint") / "policy"
+    save_policy(policy, task.tokenizer(), task_config, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Config:
+    """The whole pipeline at the smallest size that still does everything."""
+    return parse_config(
+        {
+            "task": {"options": TASK},
+            "model": MODEL.model_dump(),
+            "data": {"train_problems": 60, "max_sequence_tokens": 768},
+            "learner": {"ranks": 2},
+            "sft": {"tokens": 24_000, "batch_tokens": 2000, "log_every": 2, "save_every": 4},
+            "grpo": {
+                "steps": 3,
+                "problems_per_step": 3,
+                "group_size": 2,
+                "eval_every": 1,
+                "save_every": 1,
+                "kl_coefficient": 0.001,
+                "optimizer": {"learning_rate": 1e-3},
+            },
+            "bounds": {"max_call_tokens": 120, "max_tree_tokens": 600},
+            "rollout": {"workers": 2, "concurrent_trees": 4},
+            "evaluation": {"problems": 4, "during_training_problems": 3, "traced_trees": 1},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One private Ray for the whole test session."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

@@ -1,0 +1,63 @@
+"""Problems and splits: disjoint, stable, solvable."""
+
+from __future__ import annotations
+
+import pytest
+
+from apr_ray.core.errors import AprError
+from apr_ray.tasks.countdown.oracle import is_solvable
+from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
+
+SMALL = ProblemSpace(count=3, low=1, high=15, target_low=10, target_high=60, heldout_fraction=0.1)
+
+
+def test_splits_share_no_multiset_and_target_in_whatever_order() -> None:
+    train = {p.split_key for p in SMALL.sample("train", 3000, seed=0)}
+    heldout = {p.split_key for p in SMALL.sample("heldout", 300, seed=0)}
+    targets = {p.target for p in SMALL.sample("heldout_targets", 50, seed=0)}
+    assert not train & heldout
+    assert not targets & {int(key.split("->")[1]) for key in train | heldout}
+
+
+def test_every_pair_is_in_exactly_one_split_and_shares_are_as_asked() -> None:
+    pairs = SMALL.solvable_pairs()
+    counts = {name: sum(SMALL.split_of(p) == name for p in pairs) for name in ("train", "heldout", "heldout_targets")}
+    assert sum(counts.values()) == len(pairs)
+    assert 0.05 < counts["heldout"] / len(pairs) < 0.15
+
+
+def test_the_same_seed_gives_the_same_problems_on_any_machine() -> None:
+    """These four were made once and written down: another platform or Python must make them too."""
+    made = [p.key for p in SMALL.sample("heldout", 4, seed=5)]
+    assert made == [p.key for p in SMALL.sample("heldout", 4, seed=5)]
+    assert made == EXPECTED
+    assert made != [p.key for p in SMALL.sample("heldout", 4, seed=6)]
+
+
+EXPECTED = ["7,14,7->28", "7,1,2->10", "9,7,9->54", "12,14,5->31"]
+
+
+def test_more_problems_begin_with_the_same_ones() -> None:
+    """A longer run continues a shorter one."""
+    few, many = SMALL.sample("train", 50, seed=1), SMALL.sample("train", 500, seed=1)
+    assert many[:50] == few
+
+
+@pytest.mark.parametrize("space", [SMALL, ProblemSpace()])
+def test_sampled_problems_are_solvable_and_distinct(space: ProblemSpace) -> None:
+    problems = space.sample("train", 200, seed=0)
+    assert all(is_solvable(p.numbers, p.target) for p in problems)
+    assert len({p.key for p in problems}) == 200
+
+
+def test_a_split_that_is_too_small_says_how_many_it_has() -> None:
+    with pytest.raises(AprError, match=r"holds \d+ solvable problems, 100000 were asked for"):
+        SMALL.sample("heldout", 100_000, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "what"), [((1,), 5, "1 numbers"), ((1, 2, 3, 4, 5, 6, 7), 5, "7 numbers"), ((1, -2), 5, "negative")]
+)
+def test_problems_that_are_none_are_refused(numbers: tuple[int, ...], target: int, what: str) -> None:
+    with pytest.raises(AprError, match=what):
+        CountdownProblem(numbers, target)

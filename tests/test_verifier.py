@@ -1,0 +1,116 @@
+"""Only a replayed solution is one; what a model wrote is never evaluated."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apr_ray.tasks.countdown.problem import CountdownProblem
+from apr_ray.tasks.countdown.solver import SolverOptions, solve_apr, solve_sosp
+from apr_ray.tasks.countdown.verifier import extract_answer, verify_answer, verify_solution
+
+PROBLEM = CountdownProblem((3, 5, 7), 22)
+ANSWER = """Moving to Node #0
+Current State: 22:[3, 5, 7], Operations: []
+Exploring Operation: 3*5=15, Resulting Numbers: [7, 15]
+Generated Node #0,0: 22:[7, 15] Operation: 3*5=15
+Moving to Node #0,0
+Current State: 22:[7, 15], Operations: ['3*5=15']
+Exploring Operation: 7+15=22, Resulting Numbers: [22]
+22,22 equal: Goal Reached
+"""
+GOAL = "22,22 equal: Goal Reached\n"
+
+
+def test_a_whole_text_is_solved_by_what_follows_its_second_last_goal_line() -> None:
+    text = "Moving to Node #0\n" + GOAL + ANSWER
+    assert extract_answer(text) == ANSWER
+    assert verify_solution(PROBLEM, text)
+
+
+def test_one_goal_line_is_no_answer() -> None:
+    assert verify_solution(PROBLEM, ANSWER).reason == "no_answer"
+
+
+def test_the_words_of_a_join_tag_are_no_goal_line() -> None:
+    """Regression: the released code counts "Goal Reached" anywhere."""
+    text = "<Goal Reached in Sub Search 0 at level 1 at Node #0,0>\n" + ANSWER
+    assert verify_solution(PROBLEM, text).reason == "no_answer"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("3*5=15, Res", "3*5=16, Res", "bad_arithmetic"),
+        ("3*5=15, Resulting Numbers: [7, 15]", "3*7=21, Resulting Numbers: [7, 15]", "wrong_numbers"),
+        ("Resulting Numbers: [7, 15]", "Resulting Numbers: [5, 15]", "wrong_numbers"),
+        ("22:[3, 5, 7], Op", "22:[3, 5, 22], Op", "wrong_state"),
+        ("Operations: ['3*5=15']", "Operations: []", "wrong_state"),
+        ("Moving to Node #0,0", "Moving to Node #0,1", "wrong_node"),
+        ("Moving to Node #0\n", "Moving to Node #0,3\n", "not_from_root"),
+        ("Current State: 22:[3", "Current State: 23:[3", "wrong_target"),
+        ("22,22 equal: Goal Reached\n", "", "unfinished"),
+        ("22,22 equal", "22,22 unequal: No Solution\n22,22 equal", "wrong_target"),
+        ("Generated Node #0,0", "Generated Node #1,0", "wrong_node"),
+        (ANSWER, ANSWER + "Moving to Node #0\n", "trailing_text"),
+    ],
+)
+def test_every_altered_answer_is_refused_for_a_named_reason(old: str, new: str, reason: str) -> None:
+    assert old in ANSWER
+    altered = ANSWER.replace(old, new, 1)
+    verdict = verify_answer(PROBLEM, altered)
+    assert not verdict
+    assert verdict.reason == reason
+
+
+def test_reused_and_unused_numbers_are_refused() -> None:
+    """Regression: the released SoS+ verifier accepts both."""
+    unused = """Moving to Node #0
+Current State: 22:[3, 5, 7], Operations: []
+Exploring Operation: 15+7=22, Resulting Numbers: [22]
+22,22 equal: Goal Reached
+"""
+    assert not verify_answer(PROBLEM, unused)
+    assert not verify_answer(CountdownProblem((3, 5, 7, 7), 22), ANSWER)
+
+
+def test_another_problems_answer_is_refused() -> None:
+    assert not verify_answer(CountdownProblem((3, 5, 8), 22), ANSWER)
+    assert not verify_answer(CountdownProblem((3, 5, 7), 23), ANSWER)
+
+
+def test_code_is_text_to_the_verifier(tmp_path: object) -> None:
+    """Regression: the released code calls eval() on model output."""
+    bomb = GOAL + ANSWER.replace("3*5=15, Res", "__import__('os').abort()=15, Res")
+    assert verify_solution(PROBLEM, bomb).reason == "malformed"
+
+
+def test_an_endless_answer_is_refused_by_its_size() -> None:
+    assert not verify_solution(PROBLEM, GOAL + ANSWER * 300 + GOAL)
+    assert verify_answer(PROBLEM, "x" * 20_001).reason == "answer_too_long"
+    assert verify_solution(PROBLEM, "x" * 1_000_001).reason == "text_too_long"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(ANSWER) - 1), st.sampled_from("0123456789+-*/=[],#:' \nx"))
+def test_one_changed_character_never_makes_a_wrong_answer_right(at: int, character: str) -> None:
+    altered = ANSWER[:at] + character + ANSWER[at + 1 :]
+    verdict = verify_answer(PROBLEM, altered)
+    assert bool(verdict) == (altered == ANSWER or sorted_state_only(altered))
+
+
+def sorted_state_only(text: str) -> bool:
+    """The root's node ids may be any consistent children; nothing else may change and stay right."""
+    return text.replace("#0,1", "#0,0") == ANSWER
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_solvers_and_verifier_agree(seed: int) -> None:
+    problem = CountdownProblem((seed % 9 + 1, 7, seed % 13 + 2, 11), 10 + seed)
+    options = SolverOptions(1, 6, 8, 0.6)
+    trace = solve_apr(problem, seed, options)
+    prompt, completion = trace.segments[-1]
+    assert bool(verify_solution(problem, prompt + completion)) == trace.solved
+    prompt, completion, solved = solve_sosp(problem, seed, options)
+    assert bool(verify_solution(problem, prompt + completion)) == solved
