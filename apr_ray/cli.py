@@ -82,7 +82,7 @@ def quickstart(
     _next(
         f"the report            {page}",
         f"one tree as lanes     apr-ray trace {_short(grpo)}",
-        f"metrics and traces    mlflow ui --backend-store-uri sqlite:///{_short(run.path)}/mlflow.db",
+        f"metrics and traces    mlflow ui --backend-store-uri sqlite:///{run.path.parent}/mlflow.db",
     )
 
 

@@ -80,7 +80,6 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 2] = 0
     micro_batch_tokens: Positive = 4096
     """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
-    grad_clip: PositiveFloat = 1.0
     cpus_per_rank: Rate = 0.5
     """Ray CPUs reserved per rank. Learners and rollout workers take turns, so each may reserve half a core."""
 
@@ -96,6 +95,8 @@ class OptimizerConfig(Section):
     weight_decay: Rate = 0.01
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
+    grad_clip: PositiveFloat = 1.0
+    """Largest gradient norm."""
 
 
 class SftConfig(Section):

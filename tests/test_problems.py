@@ -56,7 +56,8 @@ def test_a_split_that_is_too_small_says_how_many_it_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "target", "what"), [((1,), 5, "1 numbers"), ((1, 2, 3, 4, 5, 6, 7), 5, "7 numbers"), ((1, -2), 5, "negative")]
+    ("numbers", "target", "what"),
+    [((1,), 5, "1 numbers"), ((1, 2, 3, 4, 5, 6, 7), 5, "7 numbers"), ((1, -2), 5, "negative")],
 )
 def test_problems_that_are_none_are_refused(numbers: tuple[int, ...], target: int, what: str) -> None:
     with pytest.raises(AprError, match=what):

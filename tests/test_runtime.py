@@ -183,11 +183,15 @@ def test_two_spawn_rounds() -> None:
 
 
 def test_depth_two() -> None:
-    inner = "\nExploring Operation: 7+15=22, Resulting Numbers: [22, 1]\nGenerated Node #0,0,0: 22:[22, 1] Operation: 7+15=22\n"
+    inner = "\nExploring Operation: 7+15=22, Resulting Numbers: [22, 1]\n"
+    inner += "Generated Node #0,0,0: 22:[22, 1] Operation: 7+15=22\n"
     script = Script(
         (root, Reply(ids(OPEN + spawn("#0,0")))),
         (child("#0,0,0"), Reply(ids(NOTHING))),
-        (lambda t: t.startswith("Moving to Node #0,0\n") and "<End Sub Searches>" in t, Reply(ids("No solution found.\n"))),
+        (
+            lambda t: t.startswith("Moving to Node #0,0\n") and "<End Sub Searches>" in t,
+            Reply(ids("No solution found.\n")),
+        ),
         (child("#0,0"), Reply(ids(inner + spawn("#0,0,0", level=2)))),
         (resumed(1), Reply(ids("No solution found.\n"))),
     )
@@ -289,7 +293,7 @@ def test_siblings_of_a_solver_are_cancelled_where_asked() -> None:
     endless = Reply(ids("\n")[:1], endless=True)
     bounds = Bounds(max_call_tokens=10**6, max_tree_tokens=10**6, cancel_on_success=True)
     script = Script(HAPPY[0], HAPPY[1], (child("#0,1"), endless), HAPPY[3])
-    tree, engine = run(script, bounds, context_tokens=10**6)
+    tree, _ = run(script, bounds, context_tokens=10**6)
     assert tree.joins[0].outcomes == (JoinOutcome.CANCELLED, JoinOutcome.SOLVED)
     assert "<Cancelled Sub Search 0 at level 1 at Node #0,1>" in tree.final_text
     assert tree.outcome is Outcome.ANSWERED

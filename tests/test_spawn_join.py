@@ -174,7 +174,5 @@ def test_a_foreign_tokenizer_that_merges_tags_is_refused() -> None:
     foreign.train_from_iterator([OWN, block(start(0, "#0,0"))], trainer)
     with pytest.raises(AprError, match="not one isolated token"):
         CountdownTokenizer(foreign, "<eos>", "<pad>")
-    foreign.add_tokens(
-        ["<Calling Sub Searches>", "<End Calling Sub Searches>", "<Sub Searches>", "<End Sub Searches>"]
-    )
+    foreign.add_tokens(["<Calling Sub Searches>", "<End Calling Sub Searches>", "<Sub Searches>", "<End Sub Searches>"])
     assert CountdownTokenizer(foreign, "<eos>", "<pad>").tag_ids

@@ -31,7 +31,9 @@ def policy(checkpoint: Path) -> Any:
 
 
 def engine_of(checkpoint: Path, **options: Any) -> TorchEngine:
-    return TorchEngine.from_checkpoint(checkpoint, **{"max_sequences": 6, "cache_slots": 4, "stream_interval": 5, **options})
+    return TorchEngine.from_checkpoint(
+        checkpoint, **{"max_sequences": 6, "cache_slots": 4, "stream_interval": 5, **options}
+    )
 
 
 def request(
@@ -79,7 +81,9 @@ def greedy(policy: Any, prompt: Sequence[int], tokens: int) -> list[int]:
 
 @settings(max_examples=12, deadline=None)
 @given(st.data())
-def test_tokens_and_logprobs_equal_transformers_over_batch_mixes(checkpoint: Path, policy: Any, data: st.DataObject) -> None:
+def test_tokens_and_logprobs_equal_transformers_over_batch_mixes(
+    checkpoint: Path, policy: Any, data: st.DataObject
+) -> None:
     """Contract 2: more requests than rows, ragged lengths, shared prefixes, temperatures side by side."""
     engine = engine_of(checkpoint)
     shared = data.draw(st.lists(st.integers(2, VOCAB - 1), max_size=12))
@@ -203,7 +207,8 @@ def test_a_higher_priority_is_admitted_first(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "what"), [([], "empty prompt"), ([2] * 768, "leaves no room"), ([2, 57], "outside 0..56"), ([-1], "outside")]
+    ("prompt", "what"),
+    [([], "empty prompt"), ([2] * 768, "leaves no room"), ([2, 57], "outside 0..56"), ([-1], "outside")],
 )
 def test_a_prompt_that_cannot_run_is_refused(checkpoint: Path, prompt: list[int], what: str) -> None:
     with pytest.raises(AprError, match=what):
@@ -303,7 +308,9 @@ def broken(update: WeightUpdate, how: str) -> WeightUpdate:
         ("checksum", "checksum"),
     ],
 )
-def test_a_faulty_update_is_refused_before_a_byte_is_applied(checkpoint: Path, policy: Any, how: str, what: str) -> None:
+def test_a_faulty_update_is_refused_before_a_byte_is_applied(
+    checkpoint: Path, policy: Any, how: str, what: str
+) -> None:
     engine = engine_of(checkpoint)
     before = run_all(engine, [request("a", [5, 6, 7], 10, 1.0)])[0]
     with pytest.raises(WeightsRejected, match=what):
@@ -325,9 +332,7 @@ def test_untied_embeddings_and_grouped_heads(tmp_path: Path, task: Any, task_con
     policy = load_policy(tmp_path / "p")
     (chunks,) = run_all(engine_of(tmp_path / "p"), [request("a", [5, 6, 7, 8], 12)])
     assert ids_of(chunks) == greedy(policy, [5, 6, 7, 8], 12)
-    np.testing.assert_allclose(
-        logprobs_of(chunks), reference(policy, [5, 6, 7, 8], ids_of(chunks), 1.0), atol=1e-4
-    )
+    np.testing.assert_allclose(logprobs_of(chunks), reference(policy, [5, 6, 7, 8], ids_of(chunks), 1.0), atol=1e-4)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -345,7 +350,11 @@ def test_draws_follow_the_distribution() -> None:
 def test_top_k_and_top_p_keep_the_likeliest_tokens() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(4000, 1)
     draws = uniforms(np.arange(4000, dtype=np.uint64), np.zeros(4000, dtype=np.uint64))
-    for params, kept in ((SamplingParams(top_k=2), {0, 1}), (SamplingParams(top_p=0.7), {0, 1}), (SamplingParams(top_p=0.6), {0})):
+    for params, kept in (
+        (SamplingParams(top_k=2), {0, 1}),
+        (SamplingParams(top_p=0.7), {0, 1}),
+        (SamplingParams(top_p=0.6), {0}),
+    ):
         tokens, logprobs = sample(logits, [params] * 4000, draws)
         assert set(tokens) == kept
         whole = torch.log_softmax(logits[0], -1)

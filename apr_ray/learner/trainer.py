@@ -92,6 +92,7 @@ class Trainer:
         import deepspeed
 
         self.learner = learner
+        self.grad_clip = optimizer.grad_clip
         self.rank = rank
         self.world = world
         adamw = torch.optim.AdamW(
@@ -113,7 +114,7 @@ class Trainer:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "managed_gradient_accumulation": False,  # micro-batches per step vary; `step` is the boundary
-                "gradient_clipping": learner.grad_clip if self.zero else 0.0,
+                "gradient_clipping": optimizer.grad_clip if self.zero else 0.0,
                 "zero_optimization": {"stage": self.zero},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
@@ -215,7 +216,7 @@ class Trainer:
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.learner.grad_clip))
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip))
 
     # --- reference, weights, checkpoints ----------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apr_ray.config import Config, load_config, to_yaml
+from apr_ray.config import Config
 from apr_ray.data.demonstrations import write_demonstrations
 from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
@@ -32,17 +32,15 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
                 )
         policy = sft / "final"
         if not policy.exists():
-            policy = train_sft(config, _phase(config, sft), data, bars)
+            policy = train_sft(config, _phase(run, "sft"), data, bars)
         if not (grpo / "final").exists():
-            train_grpo(config, _phase(config, grpo), policy, bars)
+            train_grpo(config, _phase(run, "grpo"), policy, bars)
     return grpo
 
 
-def _phase(config: Config, folder: Path) -> RunDir:
-    named = config.model_copy(
-        update={"run": config.run.model_copy(update={"root": str(folder.parent), "name": folder.name})}
-    )
-    if not (folder / "config.yaml").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(named))
-    return RunDir(folder, load_config([folder / "config.yaml"]))
+def _phase(run: RunDir, name: str) -> RunDir:
+    """A phase is a run of its own, in a folder of the quickstart's."""
+    if (run.path / name / "config.yaml").exists():
+        return RunDir.resume(run.path / name)
+    section = run.config.run.model_copy(update={"root": str(run.path.parent), "name": f"{run.path.name}/{name}"})
+    return RunDir.create(run.config.model_copy(update={"run": section}), name)

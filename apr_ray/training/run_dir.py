@@ -59,6 +59,12 @@ class RunDir:
         self.path = path
         self.config = config
 
+    @property
+    def name(self) -> str:
+        """For people and trackers: the folder under `run.root`."""
+        root = Path(self.config.run.root).resolve()
+        return str(self.path.relative_to(root)) if self.path.is_relative_to(root) else self.path.name
+
     @classmethod
     def create(cls, config: Config, command: str) -> RunDir:
         """A new folder under `run.root`. Raises AprError where the name is taken."""

@@ -83,7 +83,7 @@ def _is_busy(port: int) -> bool:
 def tracked(config: Config, run: RunDir, state: LoopState) -> Iterator[Tracker]:
     """A tracker whose run ends as the block ends: FINISHED, KILLED (Ctrl-C) or FAILED."""
     tracker = build_tracker(config)
-    state.tracker_run_id = tracker.start(run.path.name, flat_params(config), state.tracker_run_id or None)
+    state.tracker_run_id = tracker.start(run.name, flat_params(config), state.tracker_run_id or None)
     try:
         yield tracker
     except KeyboardInterrupt:

@@ -1,0 +1,137 @@
+"""What a user sees: help at once, errors in one line with the remedy, a tree as lanes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import apr_ray
+from apr_ray.config import TaskConfig
+from apr_ray.core.errors import AprError
+
+COMMAND = [sys.executable, "-m", "apr_ray.cli"]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    done = run("--help")
+    for name in ("quickstart", "data", "sft", "train", "eval", "trace", "vectors", "bench", "doctor", "config"):
+        assert name in done.stdout
+    code = (
+        "import sys, apr_ray.cli; print([m for m in ('torch','ray','numpy','pydantic','mlflow') if m in sys.modules])"
+    )
+    heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert heavy.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config", "validate", "grpo.stepz=1"], "Did you mean 'steps'?"),
+        (["config", "validate", "rollout.workers=0"], "rollout.workers: Input should be greater than or equal to 1"),
+        (["config", "show", "-c", "nope"], "Presets: paper-apr"),
+        (["trace", "{checkpoint}", "--problem", "1 1 1 -> 100"], "100 cannot be reached from 1, 1, 1"),
+        (["trace", "{checkpoint}", "--problem", "nonsense"], 'Write it as "3 5 7 -> 22"'),
+        (["trace", "{tmp}"], "no recorded trees"),
+        (["eval", "{tmp}"], "no checkpoint in"),
+        (["sft", "--data", "{tmp}", "run.root={tmp}", "tracking.tracker=none"], "no Parquet files"),
+        (["train", "run.root={tmp}", "run.name=a"], "no policy to begin with"),
+        (["quickstart", "--fast", "--long"], "exclude each other"),
+        (["bench", "nope"], "Choose one of engine, solver, sync"),
+        (["vectors", "{tmp}"], "is missing"),
+    ],
+)
+def test_errors_are_one_line_with_a_remedy(
+    arguments: list[str], message: str, tmp_path: Path, checkpoint: Path
+) -> None:
+    filled = [a.format(tmp=tmp_path, checkpoint=checkpoint) for a in arguments]
+    assert message in one_line_error(run(*filled))
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = run("config", "show", "a=1", "--debug")
+    assert "Traceback" in done.stderr
+    assert "unknown config key 'a'" in done.stderr
+
+
+def test_a_busy_dashboard_port_is_named_before_ray_starts(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        done = run("data", "--out", str(tmp_path / "d"), f"ray.dashboard_port={port}", "data.train_problems=5")
+    assert f"ray.dashboard_port {port} is in use" in one_line_error(done)
+
+
+def test_a_checkpoint_with_another_vocabulary_is_refused(
+    tmp_path: Path, checkpoint: Path, task_config: TaskConfig
+) -> None:
+    import json
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
+    message = one_line_error(run("trace", str(other), "--problem", "3 5 7 -> 22"))
+    assert "has a vocabulary of 60, the task's has 57" in message
+
+
+def test_trace_prints_a_tree_as_lanes(checkpoint: Path) -> None:
+    done = run("trace", str(checkpoint), "--problem", "3 5 7 -> 22", "--text")
+    assert done.returncode == 0, done.stderr
+    assert "parent │█" in done.stdout
+    assert "--- parent, call 0" in done.stdout
+    assert "Current State: 22:[3, 5, 7]" in done.stdout
+
+
+def test_doctor_lists_what_is_there() -> None:
+    done = run("doctor")
+    assert done.returncode == 0, done.stdout
+    for part in ("torch", "deepspeed", "compiler", "sglang"):
+        assert part in done.stdout
+
+
+def test_solve_works_without_ray(checkpoint: Path) -> None:
+    code = (
+        "import sys, apr_ray\n"
+        f"s = apr_ray.solve({{'numbers': [3, 5, 7], 'target': 22}}, {str(checkpoint)!r})\n"
+        "assert s.tree.calls and not s\n"
+        "assert 'ray' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(AprError, match=r"no checkpoint|does not say"):
+        apr_ray.solve("3 5 7 -> 22", checkpoint.parent)
+
+
+def test_import_rules_of_the_house() -> None:
+    """The layers of the design, checked by import-linter."""
+    root = Path(__file__).parents[1]
+    tool = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([str(tool)], capture_output=True, text=True, cwd=root, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout

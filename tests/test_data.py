@@ -1,0 +1,95 @@
+"""Demonstrations through Ray Data and Parquet; the sampler's order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apr_ray.config import DataConfig, TaskConfig
+from apr_ray.core.errors import AprError
+from apr_ray.data.demonstrations import Demonstrations, SftSampler, solve_rows, write_demonstrations
+from apr_ray.tasks.countdown.task import CountdownTask
+
+
+def toy(count: int = 300) -> Demonstrations:
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(5, 60, count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Demonstrations(np.arange(offsets[-1], dtype=np.int32), offsets, lengths // 2, rng.random(count) < 0.5)
+
+
+def firsts(sampler: SftSampler, phase: str, count: int) -> list[list[int]]:
+    """The first token of every sequence of each batch: unique in `toy`, so it names the sequence."""
+    out = []
+    for _ in range(count):
+        batch = sampler.next(phase)
+        out.append(batch.tokens[batch.offsets[:-1]].tolist())
+    return out
+
+
+def test_an_epoch_shows_every_sequence_once() -> None:
+    data = toy()
+    sampler = SftSampler(data, 400, mask_prompt=False, seed=0)
+    seen: list[int] = []
+    while len(seen) < len(data):
+        seen += firsts(sampler, "all", 1)[0]
+    assert sorted(seen) == data.offsets[:-1].tolist()
+
+
+def test_a_sampler_goes_on_where_another_stopped() -> None:
+    data = toy()
+    whole = SftSampler(data, 400, mask_prompt=False, seed=3)
+    first = firsts(whole, "child", 3) + firsts(whole, "all", 7)
+    rest = firsts(whole, "all", 40)
+    resumed = SftSampler(data, 400, mask_prompt=False, seed=3, position={"child": 3, "all": 7})
+    assert firsts(resumed, "all", 40) == rest
+    assert first != firsts(SftSampler(data, 400, mask_prompt=False, seed=4), "all", 10)
+
+
+def test_the_child_phase_shows_children_only_and_batches_keep_their_size() -> None:
+    data = toy()
+    children = set(data.offsets[:-1][data.child].tolist())
+    sampler = SftSampler(data, 400, mask_prompt=False, seed=0)
+    for _ in range(20):
+        batch = sampler.next("child")
+        assert set(batch.tokens[batch.offsets[:-1]].tolist()) <= children
+        assert len(batch.tokens) <= 400 + 60
+
+
+def test_rows_hold_the_solvers_text_and_long_trees_are_dropped_whole(task: CountdownTask) -> None:
+    tokenizer = task.tokenizer()
+    problems = task.problems("train", 20, 0)
+    items = [{"index": i, "solver_seed": 0, "problem": json.dumps(dict(p.to_json()))} for i, p in enumerate(problems)]
+    rows = solve_rows(task, tokenizer, items, 10_000, 0)
+    made = [s for p in problems for s in task.demonstrate(p, 0).sequences]
+    assert [tokenizer.decode(r["ids"]) for r in rows] == [s.prompt + s.completion for s in made]
+    assert all(r["ids"][-1] == tokenizer.eos_id for r in rows)
+    assert [tokenizer.decode(r["ids"][: r["prompt_tokens"]]) for r in rows] == [s.prompt for s in made]
+    short = solve_rows(task, tokenizer, items, 150, 0)
+    kept = {r["index"] for r in short}
+    assert 0 < len(kept) < 20
+    assert [r for r in rows if r["index"] in kept] == short
+
+
+def test_parquet_does_not_depend_on_the_number_of_workers(
+    ray_local: None, task: CountdownTask, task_config: TaskConfig, tmp_path: Path
+) -> None:
+    problems = task.problems("train", 40, 0)
+    sets = []
+    for workers in (1, 2):
+        out = tmp_path / f"d{workers}"
+        summary = write_demonstrations(problems, task_config, DataConfig(workers=workers, solver_seeds=2), 5, out)
+        sets.append((summary, Demonstrations.load(out)))
+    assert sets[0][0] == sets[1][0]
+    assert sets[0][0].trees + sets[0][0].dropped == 80
+    for name in ("ids", "offsets", "prompts", "child"):
+        np.testing.assert_array_equal(getattr(sets[0][1], name), getattr(sets[1][1], name))
+    assert len(sets[0][1]) == sets[0][0].sequences
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AprError, match="no Parquet files"):
+        Demonstrations.load(tmp_path)

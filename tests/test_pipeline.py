@@ -1,0 +1,197 @@
+"""The slice end to end on real Ray actors, real DeepSpeed, real MLflow: tiny, but everything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apr_ray.config import Config
+from apr_ray.core.errors import MismatchError, PartDied, WeightsRejected
+from apr_ray.core.ledger import Disposition
+from apr_ray.core.trees_io import read_trees
+from apr_ray.core.weights import WeightVersion
+from apr_ray.evaluation.report import summarise, write_report
+from apr_ray.metrics.names import is_known
+from apr_ray.reward.actor import RewardClient
+from apr_ray.rl.batches import grpo_batch
+from apr_ray.rollout.pool import RolloutPool
+from apr_ray.tasks.countdown.task import CountdownTask
+from apr_ray.tracking.progress import ProgressBars
+from apr_ray.training.grpo import fresh_groups, group, sample_trees, train_grpo
+from apr_ray.training.quickstart import run_quickstart
+from apr_ray.training.run_dir import RunDir
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+QUIET = ProgressBars(quiet=True)
+
+
+def with_run(config: Config, root: Path, name: str) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"root": str(root), "name": name})})
+
+
+@pytest.fixture(scope="module")
+def finished(small_config: Config, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> RunDir:
+    """A whole quickstart, run once for the tests below."""
+    root = tmp_path_factory.mktemp("runs")
+    run = RunDir.create(with_run(small_config, root, "quick"), "quickstart")
+    run_quickstart(run.config, run, QUIET)
+    return run
+
+
+def test_every_phase_leaves_its_policy_and_only_known_metrics(finished: RunDir) -> None:
+    for phase in ("sft", "grpo"):
+        assert (finished.path / phase / "final" / "model.safetensors").is_file()
+        rows = RunDir(finished.path / phase, finished.config).metrics()
+        assert rows
+        assert all(is_known(name) for row in rows for name in row if name not in ("step", "time"))
+    rows = RunDir(finished.path / "grpo", finished.config).metrics()
+    steps = [r for r in rows if "rollout/reward" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    for row in steps:
+        assert row["rollout/staleness"] == 0
+        assert row["sync/delta_logprob_mean"] < 1e-4
+        assert row.get("train/delta_logprob_mean", 0) < 1e-4
+        assert {"train/kl", "train/entropy", "train/clip_fraction", "time/learn_s", "rollout/children"} <= row.keys()
+
+
+def test_weights_went_back_to_the_engines(finished: RunDir) -> None:
+    """The last evaluation's trees were drawn under the last version."""
+    files = sorted((finished.path / "grpo" / "eval").glob("*.jsonl"))
+    assert {f.name for f in files} == {
+        f"step-{step:06d}-{mode}.jsonl" for step in (0, 3) for mode in ("greedy", "t1.0")
+    }
+    for file, counter in ((files[0], 0), (files[-1], 3)):
+        versions = {v for tree in read_trees(file) for v in tree.versions()}
+        assert versions == {WeightVersion(0, counter)}
+
+
+def test_mlflow_holds_the_run_its_metrics_and_its_trees(finished: RunDir) -> None:
+    import mlflow
+
+    root = finished.path.parent
+    mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+    client = mlflow.MlflowClient()
+    (experiment,) = [e for e in client.search_experiments() if e.name == "apr-ray"]
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert {"quick/sft", "quick/grpo"} <= set(runs)
+    assert all(runs[f"quick/{phase}"].info.status == "FINISHED" for phase in ("sft", "grpo"))
+    assert [m.step for m in client.get_metric_history(runs["quick/grpo"].info.run_id, "rollout/reward")] == [1, 2, 3]
+    assert runs["quick/grpo"].data.params["grpo.group_size"] == "2"
+    traces = mlflow.search_traces(locations=[experiment.experiment_id], return_type="list")
+    assert len(traces) >= 4
+    for trace in traces:
+        spans = trace.data.spans
+        root_span = next(s for s in spans if s.parent_id is None)
+        assert all(root_span.start_time_ns <= s.start_time_ns <= s.end_time_ns <= root_span.end_time_ns for s in spans)
+
+
+def test_a_finished_quickstart_is_not_run_again(finished: RunDir) -> None:
+    before = (finished.path / "grpo" / "metrics.jsonl").read_bytes()
+    run_quickstart(finished.config, finished, QUIET)
+    assert (finished.path / "grpo" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_report_shows_before_and_after(finished: RunDir) -> None:
+    page = write_report(finished.path, finished.path / "sft", finished.path / "grpo")
+    text = page.read_text()
+    before, after = summarise(finished.path / "grpo")
+    assert (before.step, after.step) == (0, 3)
+    for mode in ("greedy", "t1.0"):
+        assert f"{100 * after.modes[mode]['accuracy']:.1f} %" in text
+    for picture in ("accuracy.png", "curves.png", "tree.png"):
+        assert (finished.path / picture).stat().st_size > 5000
+
+
+def test_a_killed_grpo_run_goes_on_from_its_checkpoint(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
+    """Two steps, then a resume to three: the metrics of an unbroken run, within float rounding; a new incarnation."""
+    policy = finished.path / "sft" / "final"
+    grpo = small_config.grpo.model_copy(update={"steps": 2})
+    short = with_run(small_config.model_copy(update={"grpo": grpo}), tmp_path, "r")
+    run = RunDir.create(short, "train")
+    train_grpo(short, run, policy, QUIET)
+    long = with_run(small_config, tmp_path, "r")
+    train_grpo(long, RunDir(run.path, long), policy, QUIET)
+    rows = [r for r in run.metrics() if "rollout/reward" in r]
+    unbroken = [r for r in RunDir(finished.path / "grpo", finished.config).metrics() if "rollout/reward" in r]
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    for ours, theirs in zip(rows, unbroken, strict=True):
+        for name in ("rollout/reward", "rollout/total_tokens", "train/loss", "train/entropy"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5), (ours["step"], name)
+    state = json.loads((run.path / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["version"] == "1.3"
+
+
+def test_results_do_not_depend_on_the_number_of_workers(
+    small_config: Config, checkpoint: Path, task: CountdownTask
+) -> None:
+    """Contract 7, at the engine's own exactness: the same requests on one worker and on two."""
+    problems = task.problems("train", 3, 0)
+    found = []
+    for workers in (1, 2):
+        config = small_config.model_copy(
+            update={"rollout": small_config.rollout.model_copy(update={"workers": workers})}
+        )
+        pool = RolloutPool.start(config, str(checkpoint))
+        trees = sample_trees(pool, problems, config, step=0)
+        pool.stop()
+        found.append([[(c.path, c.segment, c.seed, c.sampled_ids) for c in tree.calls] for tree in trees])
+    assert found[0] == found[1]
+
+
+def test_stale_trees_are_left_out_and_counted(small_config: Config, checkpoint: Path, task: CountdownTask) -> None:
+    """Contracts 4 and 9 on real trees: dispositions add up; trees of another version or incarnation are not used."""
+    pool = RolloutPool.start(small_config, str(checkpoint))
+    reward = RewardClient(small_config.task)
+    problems = task.problems("train", 3, 0)
+    trees = sample_trees(pool, problems, small_config, step=0)
+    scored = reward.score([p for p in problems for _ in range(2)], trees)
+    pool.stop()
+    reward.stop()
+    groups = group(scored, 2)
+    assert [len(g.trees) for g in groups] == [2, 2, 2]
+    assert fresh_groups(groups, WeightVersion(0, 1), 1)[1] == 0
+    assert fresh_groups(groups, WeightVersion(0, 1), 0) == ([], 6)
+    assert fresh_groups(groups, WeightVersion(1, 0), 5) == ([], 6)
+    batch = grpo_batch(groups, skip_zero_advantage=False)
+    assert sum(batch.dispositions.values()) == sum(t.total_tokens for t in scored)
+    assert batch.dispositions[Disposition.TRAINED] == batch.batch.trained_tokens
+
+
+def test_an_engine_that_runs_other_weights_stops_the_run(
+    finished: RunDir, small_config: Config, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The check after a sync compares real logprobs: with a tolerance below float rounding it must fire."""
+    weights = small_config.weights.model_copy(update={"mismatch_tolerance": 1e-12})
+    config = with_run(small_config.model_copy(update={"weights": weights}), tmp_path, "r")
+    with pytest.raises(MismatchError, match="differ by"):
+        train_grpo(config, RunDir.create(config, "train"), finished.path / "sft" / "final", QUIET)
+
+
+def test_a_refused_update_reaches_the_driver_and_changes_nothing(small_config: Config, checkpoint: Path) -> None:
+    import ray
+
+    from apr_ray.model.llama import load_policy
+    from apr_ray.model.state import pack_weights, trainable_parameters
+
+    pool = RolloutPool.start(small_config, str(checkpoint))
+    update = pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
+    update.flat[3] = np.nan
+    before = pool.sample_for_check([(5, 6, 7)], 8, 1.0)
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        pool.update_weights(ray.put(update))
+    assert isinstance(caught.value.cause, WeightsRejected)
+    assert pool.sample_for_check([(5, 6, 7)], 8, 1.0) == before
+    pool.stop()
+
+
+def test_a_dead_worker_is_named(small_config: Config, checkpoint: Path, task: CountdownTask) -> None:
+    import ray
+
+    pool = RolloutPool.start(small_config, str(checkpoint))
+    ray.kill(pool.workers[1])
+    with pytest.raises(PartDied, match="rollout worker 1 died"):
+        sample_trees(pool, task.problems("train", 3, 0), small_config, 0)
+    pool.stop()

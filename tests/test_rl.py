@@ -1,0 +1,253 @@
+"""Advantages, losses, batches and plans against slow, obvious references, and as properties."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apr_ray.config import OptimizerConfig
+from apr_ray.core.batch import Sequence_, lay_out
+from apr_ray.core.engine import FinishReason, VersionSpan
+from apr_ray.core.ledger import Call, Disposition, Group, Outcome, Replaced, ThreadTree
+from apr_ray.core.weights import WeightVersion
+from apr_ray.rl.advantages import group_advantages
+from apr_ray.rl.batches import grpo_batch, plan_micro_batches, sft_batch
+from apr_ray.rl.losses import grpo_loss, k3, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.schedules import learning_rate
+
+V0 = WeightVersion(0, 0)
+rewards = st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=2, max_size=8)
+
+
+@given(rewards)
+def test_advantages_are_z_scores(values: list[float]) -> None:
+    found = group_advantages(values)
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    if deviation == 0:
+        assert found == [0.0] * len(values)
+        return
+    assert found == pytest.approx([(v - mean) / deviation for v in values], abs=1e-4)
+    assert sum(found) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [[], [1.0, float("nan")], [float("inf")]])
+def test_rewards_that_are_no_numbers_are_refused(bad: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        group_advantages(bad)
+
+
+def test_losses_equal_a_token_by_token_float64_reference() -> None:
+    rng = np.random.default_rng(0)
+    b, t, v = 3, 7, 11
+    logits = rng.normal(size=(b, t, v)) * 2
+    tokens = rng.integers(0, v, (b, t))
+    advantages, old = rng.normal(size=(b, t)), -rng.random((b, t)) * 3
+    reference = -rng.random((b, t)) * 3
+    weights = rng.random((b, t)) * (rng.random((b, t)) < 0.7)
+    weights[:, 0] = 0
+    clip, beta, temperature = 0.2, 0.05, 0.7
+
+    loss = kl_sum = entropy_sum = sft = 0.0
+    clipped_count = 0
+    for i in range(b):
+        for j in range(1, t):
+            scores = logits[i, j - 1] / temperature
+            log_z = math.log(sum(math.exp(s) for s in scores))
+            lp = scores[tokens[i, j]] - log_z
+            ratio = math.exp(lp - old[i, j])
+            surrogate = min(ratio * advantages[i, j], min(max(ratio, 1 - clip), 1 + clip) * advantages[i, j])
+            clipped_count += weights[i, j] != 0 and surrogate < ratio * advantages[i, j]
+            d = reference[i, j] - lp
+            kl = math.exp(d) - 1 - d
+            loss += weights[i, j] * (-surrogate + beta * kl)
+            kl_sum += weights[i, j] * kl
+            entropy_sum += weights[i, j] * -sum(math.exp(s - log_z) * (s - log_z) for s in scores)
+            sft -= weights[i, j] * lp
+
+    as_tensor = torch.tensor
+    logprobs = token_logprobs(as_tensor(logits), as_tensor(tokens), temperature)
+    result = grpo_loss(
+        logprobs,
+        as_tensor(old, dtype=torch.float32),
+        as_tensor(advantages, dtype=torch.float32),
+        as_tensor(weights, dtype=torch.float32),
+        token_entropy(as_tensor(logits), temperature),
+        clip=clip,
+        kl_coefficient=beta,
+        reference_logprobs=as_tensor(reference, dtype=torch.float32),
+    )
+    assert float(result.loss) == pytest.approx(loss, rel=1e-5)
+    assert result.kl == pytest.approx(kl_sum, rel=1e-5)
+    assert result.entropy == pytest.approx(entropy_sum, rel=1e-5)
+    assert result.clipped == clipped_count
+    assert result.tokens == int((weights != 0).sum())
+    assert float(sft_loss(logprobs, as_tensor(weights, dtype=torch.float32))) == pytest.approx(sft, rel=1e-5)
+
+
+def test_on_policy_gradient_is_the_policy_gradient() -> None:
+    """At the behaviour policy the clipped objective's gradient is that of -weight * advantage * logprob."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 6, (2, 5))
+    weights, advantages = torch.rand(2, 5).double(), torch.randn(2, 5).double()
+    weights[:, 0] = 0
+    logprobs = torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    logprobs = torch.nn.functional.pad(logprobs, (1, 0))
+    result = grpo_loss(
+        logprobs, logprobs.detach(), advantages, weights, torch.zeros(2, 5), clip=0.2, kl_coefficient=0.0
+    )
+    (got,) = torch.autograd.grad(result.loss, logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(-(weights * advantages * logprobs).sum(), logits)
+    torch.testing.assert_close(got, expected)
+
+
+@given(st.floats(-8, 0), st.floats(-8, 0))
+def test_k3_is_never_negative_and_zero_only_where_policies_agree(a: float, b: float) -> None:
+    value = float(k3(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)))
+    assert value >= -1e-12
+    assert (value < 1e-12) == (abs(a - b) < 1e-5)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw: st.DrawFn, segment: int) -> Call:
+    size = draw(st.integers(0, 9))
+    forced = tuple(sorted(draw(st.sets(st.integers(0, size - 1), max_size=2)))) if size else ()
+    return Call(
+        path=(),
+        segment=segment,
+        prompt_ids=tuple(draw(st.lists(st.integers(0, 50), min_size=1, max_size=6))),
+        sampled_ids=tuple(range(size)),
+        logprobs=(-0.5,) * size,
+        forced=forced,
+        replaced=tuple(Replaced(p, 1, -1.0) for p in forced[:1]),
+        finish=draw(st.sampled_from(FinishReason)),
+        versions=(VersionSpan(V0, 0, size),),
+        kv_version=V0,
+        seed=0,
+        cached_tokens=0,
+        start_s=0.0,
+        first_token_s=0.0,
+        end_s=0.0,
+        engine_id="e",
+    )
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> list[Group]:
+    out = []
+    for number in range(draw(st.integers(1, 4))):
+        trees = []
+        for sample in range(3):
+            made = tuple(draw(calls(segment)) for segment in range(draw(st.integers(1, 4))))
+            reward = draw(st.sampled_from([0.0, 1.0]))
+            trees.append(ThreadTree(f"p{number}", sample, made, (), (), "", Outcome.ANSWERED, reward=reward))
+        out.append(Group(f"p{number}", tuple(trees)))
+    return out
+
+
+@settings(max_examples=200)
+@given(groups(), st.booleans())
+def test_weights_and_dispositions_of_a_batch(made: list[Group], skip: bool) -> None:
+    """Paper section 3.3: mean over a call's tokens, mean over a tree's calls, mean over trees. Contract 4: dispositions
+    add up to all that was sampled."""
+    found = grpo_batch(made, skip_zero_advantage=skip)
+    trees = [tree for group in made for tree in group.trees]
+    advantages = [a for group in made for a in group_advantages([t.reward or 0.0 for t in group.trees])]
+    assert sum(found.dispositions.values()) == sum(t.total_tokens for t in trees)
+    assert found.dispositions[Disposition.TRAINED] == found.batch.trained_tokens
+
+    expected: Counter[tuple[float, float]] = Counter()
+    for tree, advantage in zip(trees, advantages, strict=True):
+        if skip and advantage == 0:
+            continue
+        trained = [n for n in (len(list(c.trained_positions())) for c in tree.calls) if n]
+        for tokens in trained:
+            weight = np.float32(1 / (tokens * len(trained) * len(trees)))
+            expected[(float(weight), float(np.float32(advantage)))] += tokens
+    batch = found.batch
+    used = batch.loss_weights != 0
+    got = Counter(zip(batch.loss_weights[used].tolist(), batch.advantages[used].tolist(), strict=True))
+    assert got == expected
+
+
+def test_prompts_joined_and_forced_tokens_have_no_weight() -> None:
+    call = Call(
+        (), 0, (7, 8, 9), (1, 2, 3, 4), (-0.1, 0.0, -0.3, -0.4), (1,), (Replaced(1, 5, -2.0),), FinishReason.STOP,
+        (VersionSpan(V0, 0, 4),), V0, 0, 0, 0.0, 0.0, 0.0, "e",
+    )  # fmt: skip
+    trees = tuple(ThreadTree("p", i, (call,), (), (), "", Outcome.ANSWERED, reward=float(i)) for i in range(2))
+    batch = grpo_batch([Group("p", trees)], skip_zero_advantage=False).batch
+    np.testing.assert_allclose(batch.loss_weights[:7], [0, 0, 0, 1 / 6, 0, 1 / 6, 1 / 6], rtol=1e-6)
+    np.testing.assert_array_equal(batch.tokens[:7], [7, 8, 9, 1, 2, 3, 4])
+    np.testing.assert_allclose(batch.behaviour_logprobs[:7], [0, 0, 0, -0.1, 0, -0.3, -0.4], rtol=1e-6)
+    np.testing.assert_array_equal(batch.position_ids[:7], range(7))
+
+
+def test_a_tree_without_a_reward_cannot_be_trained_on() -> None:
+    tree = ThreadTree("p", 0, (), (), (), "", Outcome.ANSWERED)
+    with pytest.raises(ValueError, match="without a reward"):
+        grpo_batch([Group("p", (tree,))], skip_zero_advantage=False)
+
+
+@given(st.lists(st.tuples(st.integers(2, 30), st.integers(1, 20)), min_size=1, max_size=12), st.booleans())
+def test_supervised_weights_sum_to_one(sizes: list[tuple[int, int]], mask: bool) -> None:
+    sequences = [(np.arange(n), min(p, n - 1)) for n, p in sizes]
+    batch = sft_batch(sequences, mask_prompt=mask)
+    assert batch.loss_weights.sum() == pytest.approx(1, rel=1e-5)
+    for (ids, prompt), start in zip(sequences, batch.offsets[:-1], strict=True):
+        weights = batch.loss_weights[start : start + len(ids)]
+        first = prompt if mask else 1
+        assert (weights[:first] == 0).all()
+        assert (weights[first:] > 0).all()
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(1, 200), max_size=60), st.integers(1, 500), st.integers(1, 4))
+def test_a_plan_holds_every_sequence_once_within_the_budget(lengths: list[int], budget: int, ranks: int) -> None:
+    plan = plan_micro_batches(lengths, budget, ranks)
+    assert len(plan) == ranks
+    assert len({len(part) for part in plan}) == 1
+    assert sorted(i for part in plan for group in part for i in group) == list(range(len(lengths)))
+    for part in plan:
+        for group in part:
+            width = max((lengths[i] for i in group), default=0)
+            assert len(group) <= 1 or len(group) * width <= budget
+
+
+def test_ranks_get_even_shares() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 400, 200).tolist()
+    plan = plan_micro_batches(lengths, 4096, 2)
+    load = [sum(len(g) * max((lengths[i] for i in g), default=0) for g in part) for part in plan]
+    assert max(load) / min(load) < 1.1
+    assert sum(load) / sum(lengths) < 1.15
+
+
+def test_lay_out_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="empty sequence"):
+        lay_out([Sequence_([], [])])
+    with pytest.raises(ValueError, match="advantages has 1 entries for 2 tokens"):
+        lay_out([Sequence_([1, 2], [0.0, 1.0], [1.0])])
+
+
+def test_schedules() -> None:
+    def rate(schedule: str, step: int, progress: float) -> float:
+        config = OptimizerConfig(learning_rate=1.0, warmup_steps=9, schedule=schedule, final_fraction=0.1)  # type: ignore[arg-type]
+        return learning_rate(config, step, progress)
+
+    assert rate("constant", 0, 0.0) == pytest.approx(0.1)
+    assert rate("constant", 9, 0.9) == 1.0
+    assert rate("linear", 100, 0.5) == pytest.approx(0.55)
+    assert rate("linear", 100, 2.0) == pytest.approx(0.1)
+    assert rate("cosine", 100, 0.5) == pytest.approx(0.55)
+    assert rate("cosine", 100, 1.0) == pytest.approx(0.1)

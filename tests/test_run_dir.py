@@ -1,0 +1,86 @@
+"""Run folders: complete checkpoints or none, resumes that refuse what would change the run."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from apr_ray.config import Config, load_config
+from apr_ray.core.errors import AprError, ConfigError
+from apr_ray.training.run_dir import LoopState, RunDir, find_policy
+
+
+def run_in(tmp_path: Path, **changes: object) -> RunDir:
+    return RunDir.create(load_config([], [f"run.root={tmp_path}", "run.name=r"]), "test")
+
+
+def write(run: RunDir, step: int) -> None:
+    with run.checkpoint(LoopState(step=step, version=f"0.{step}")) as folder:
+        (folder / "policy").mkdir()
+        (folder / "policy" / "config.json").write_text(str(step))
+
+
+def test_the_newest_checkpoint_is_found_with_a_new_incarnation(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    assert run.latest() is None
+    for step in (1, 2, 3):
+        write(run, step)
+    found = run.latest()
+    assert found is not None
+    assert found[1].step == 3
+    assert found[1].version == "1.3"
+    assert len(list((run.path / "checkpoints").iterdir())) == 2, "old checkpoints are removed"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    write(run, 1)
+
+    def full() -> None:
+        with run.checkpoint(LoopState(step=2)) as folder:
+            (folder / "half").write_text("x")
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "half"))
+
+    with pytest.raises(OSError, match="No space"):
+        full()
+    found = run.latest()
+    assert found is not None
+    assert found[1].step == 1
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000001"], "the half checkpoint is gone"
+
+
+def test_a_changed_config_is_refused_by_naming_the_difference(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    changed = load_config([run.path / "config.yaml"], ["grpo.group_size=7"])
+    with pytest.raises(ConfigError, match=r"grpo\.group_size: 5 -> 7"):
+        RunDir.resume(run.path, changed)
+    assert RunDir.resume(run.path, load_config([run.path / "config.yaml"], ["tracking.tracker=none"])).path == run.path
+
+
+def test_a_taken_name_and_a_wrong_folder_are_errors(tmp_path: Path) -> None:
+    run_in(tmp_path)
+    with pytest.raises(AprError, match="exists"):
+        run_in(tmp_path)
+    with pytest.raises(AprError, match="no run folder"):
+        RunDir.resume(tmp_path)
+    with pytest.raises(AprError, match="no checkpoint"):
+        find_policy(tmp_path)
+
+
+def test_metrics_keep_only_known_names_and_survive_a_cut(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    with pytest.raises(ValueError, match="not in the table"):
+        run.log({"train/los": 1.0}, 1)
+    for step in (1, 2, 3):
+        run.log({"train/loss": float(step), "eval/greedy/failure/no_answer": 2.0}, step)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+    run.truncate_metrics(2)
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
+def test_the_default_config_is_whole() -> None:
+    assert Config().rollout.workers >= 1
