@@ -354,18 +354,12 @@ def main() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray's about GPUs
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        app(args=arguments, standalone_mode=True)
-    except KeyboardInterrupt:
-        print("stopped; go on with --resume", file=sys.stderr)
-        sys.exit(130)
+        app(args=arguments)  # usage errors and Ctrl-C end here, with an exit status
     except Exception as error:
-        if "--debug" in sys.argv:
+        line = explain(error)
+        if "--debug" in sys.argv or line is None:
             traceback.print_exc()
-        elif (line := explain(error)) is not None:
-            print(f"error: {line}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-            print("error: this one is not the user's fault; please report it", file=sys.stderr)
+        print(f"error: {line or 'unexpected, see above; please report it'}", file=sys.stderr)
         sys.exit(1)
 
 

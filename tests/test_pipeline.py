@@ -152,11 +152,12 @@ def test_stale_trees_are_left_out_and_counted(small_config: Config, checkpoint: 
     reward.stop()
     groups = group(scored, 2)
     assert [len(g.trees) for g in groups] == [2, 2, 2]
-    assert fresh_groups(groups, WeightVersion(0, 1), 1)[1] == 0
-    assert fresh_groups(groups, WeightVersion(0, 1), 0) == ([], 6)
-    assert fresh_groups(groups, WeightVersion(1, 0), 5) == ([], 6)
-    batch = grpo_batch(groups, skip_zero_advantage=False)
+    assert fresh_groups(groups, WeightVersion(0, 1), 1) == (groups, [])
+    assert fresh_groups(groups, WeightVersion(0, 1), 0) == ([], groups)
+    assert fresh_groups(groups, WeightVersion(1, 0), 5) == ([], groups)
+    batch = grpo_batch(groups[:2], skip_zero_advantage=False, stale=groups[2:])
     assert sum(batch.dispositions.values()) == sum(t.total_tokens for t in scored)
+    assert batch.dispositions[Disposition.STALE] == sum(t.total_tokens for t in groups[2].trees)
     assert batch.dispositions[Disposition.TRAINED] == batch.batch.trained_tokens
 
 

@@ -233,6 +233,21 @@ def test_hitting_a_bound_is_an_outcome(bounds: Bounds, outcome: Outcome) -> None
     assert tree.total_tokens <= bounds.max_tree_tokens
 
 
+@pytest.mark.parametrize("limit", [150, 200, 400, 900])
+def test_endless_children_side_by_side_never_break_the_trees_bound(limit: int) -> None:
+    endless = Reply(ids("\n")[:1], endless=True)
+    many = spawn(*["#0,0", "#0,1"] * 4)
+    script = Script((root, Reply(ids(OPEN + many))), (lambda t: not t.startswith(ROOT), endless), (resumed(1), endless))
+    used = []
+    for chunk in (1, 7, 64):
+        engine = ScriptedEngine(script, 10**6, chunk)
+        bounds = Bounds(max_call_tokens=10**6, max_tree_tokens=limit)
+        tree = asyncio.run(run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM), bounds, tree_id="t"))
+        assert tree.total_tokens <= limit
+        used.append([(c.path, c.segment, c.sampled_tokens) for c in tree.calls])
+    assert used[0] == used[1] == used[2], "who was cut depends on the schedule"
+
+
 def test_a_full_context_is_an_outcome() -> None:
     tree, _ = run(Script(*HAPPY), context_tokens=60)
     assert tree.outcome is Outcome.CONTEXT_FULL

@@ -38,7 +38,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/reward", "1", "mean reward of the step's trees"),
     Metric("rollout/zero_variance_groups", "fraction", "groups whose trees all had the same reward"),
     Metric("rollout/staleness", "versions", "mean age of the weights that trees were drawn under"),
-    Metric("rollout/stale_trees", "trees", "trees left out because they were older than grpo.max_staleness"),
+    Metric(
+        "rollout/tokens/{reason}", "tokens", "sampled tokens of the step by what becomes of them (docs/architecture)"
+    ),
     Metric("rollout/total_tokens", "tokens", "mean tokens per tree, all threads"),
     Metric("rollout/sequential_tokens", "tokens", "mean tokens per tree on the critical path"),
     Metric("rollout/children", "threads", "mean children per tree"),

@@ -30,17 +30,20 @@ class GrpoBatch:
     zero_variance_groups: int
 
 
-def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool) -> GrpoBatch:
+def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool, stale: Sequence[Group] = ()) -> GrpoBatch:
     """Trees with rewards as one batch; the same advantage for every call of a tree.
 
     Args:
         groups: every tree must have its reward.
         skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
             is 0 then. Their tokens are counted, and their trees stay in the denominator.
+        stale: groups that are not used because they are too old; their tokens are counted.
     """
     total_trees = sum(len(group.trees) for group in groups)
     sequences: list[Sequence_] = []
     dispositions: Counter[Disposition] = Counter()
+    for group in stale:
+        dispositions[Disposition.STALE] += sum(tree.total_tokens for tree in group.trees)
     zero_variance = 0
     for group in groups:
         rewards = [tree.reward for tree in group.trees]

@@ -99,7 +99,7 @@ async def run_tree(
     prompt = protocol.root_prompt(request.problem, request.budget)
     try:
         async with asyncio.timeout(bounds.max_seconds):
-            end = await tree.run_thread((), prompt)
+            end = await tree.run_thread((), prompt, _Allowance(bounds.max_tree_tokens))
     except TimeoutError:
         end = _ThreadEnded(ThreadEnd(Outcome.BOUND_TIME, f"{bounds.max_seconds:g} s"), tree.root_context, ())
     tree.emit(TreeEnded(end.end.outcome, tree.tokens))
@@ -124,6 +124,25 @@ class _ThreadEnded:
     end: ThreadEnd
     context: tuple[int, ...]
     sampled: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Allowance:
+    """Tokens a thread may still sample, its descendants included.
+
+    At a spawn each child is given an equal share, and what it leaves comes back at the join: the bound on a tree is
+    strict, and which child hits it does not depend on who decodes faster.
+    """
+
+    left: int
+
+    def share(self, children: int) -> list[_Allowance]:
+        """One share per child, as large as what the parent keeps for going on."""
+        return [_Allowance(self.left // (children + 1)) for _ in range(children)]
+
+    def take_back(self, given: list[_Allowance], children: int) -> None:
+        """Account for what the children used of their shares."""
+        self.left -= children * (self.left // (children + 1)) - sum(a.left for a in given)
 
 
 class _Tree:
@@ -157,15 +176,15 @@ class _Tree:
         if self.listener is not None:
             self.listener(event)
 
-    async def run_thread(self, path: Path, prompt: tuple[int, ...]) -> _ThreadEnded:
+    async def run_thread(self, path: Path, prompt: tuple[int, ...], allowance: _Allowance) -> _ThreadEnded:
         """Decode one thread to its end, running its children as it spawns them."""
         context = prompt
         children = rounds = 0
         while True:
             if path == ():
                 self.root_context = context
-            call = await self.run_call(path, rounds, context)
-            end = self.cut_short(call)
+            call = await self.run_call(path, rounds, context, allowance)
+            end = self.cut_short(call, allowance)
             asked = None if end else self.protocol.read_call(context, call.sampled_ids, len(path))
             if isinstance(asked, SpawnRequest):
                 end = self.refuse(asked, path, rounds)
@@ -178,7 +197,9 @@ class _Tree:
             paths = tuple((*path, children + i) for i in range(len(asked.children)))
             self.spawns.append(Spawn(path, rounds, paths, tuple(c.label for c in asked.children)))
             self.emit(Spawned(path, paths))
-            results = await self.run_children(asked, paths)
+            shares = allowance.share(len(paths))
+            results = await self.run_children(asked, paths, shares)
+            allowance.take_back(shares, len(paths))
             joined = self.protocol.join_ids(asked, results, len(path) + 1)
             outcomes = tuple(r.outcome for r in results)
             reasons = tuple(r.reason for r in results)
@@ -188,14 +209,16 @@ class _Tree:
             children += len(paths)
             rounds += 1
 
-    async def run_children(self, asked: SpawnRequest, paths: tuple[Path, ...]) -> list[ChildResult]:
+    async def run_children(
+        self, asked: SpawnRequest, paths: tuple[Path, ...], shares: list[_Allowance]
+    ) -> list[ChildResult]:
         """All children side by side; their results in spawn order, whatever order they end in."""
         results: dict[Path, ChildResult] = {}
         tasks: dict[Path, asyncio.Task[None]] = {}
 
-        async def run(path: Path, prompt: tuple[int, ...]) -> None:
+        async def run(path: Path, prompt: tuple[int, ...], share: _Allowance) -> None:
             try:
-                results[path] = self.result_of(await self.run_thread(path, prompt))
+                results[path] = self.result_of(await self.run_thread(path, prompt, share))
             except asyncio.CancelledError:
                 if path not in cancelled:
                     raise
@@ -209,8 +232,8 @@ class _Tree:
 
         cancelled: set[Path] = set()
         async with asyncio.TaskGroup() as group:
-            for path, child in zip(paths, asked.children, strict=True):
-                tasks[path] = group.create_task(run(path, child.prompt_ids))
+            for path, child, share in zip(paths, asked.children, shares, strict=True):
+                tasks[path] = group.create_task(run(path, child.prompt_ids, share))
         for path in paths:  # a task cancelled before its first step never ran its handler
             results.setdefault(path, ChildResult(JoinOutcome.CANCELLED, reason="sibling_solved"))
         return [results[path] for path in paths]
@@ -221,7 +244,7 @@ class _Tree:
             return self.protocol.read_child(ended.context, ended.sampled)
         return ChildResult(JoinOutcome.NO_SOLUTION, reason=ended.end.outcome.value)
 
-    def cut_short(self, call: Call) -> ThreadEnd | None:
+    def cut_short(self, call: Call, allowance: _Allowance) -> ThreadEnd | None:
         """The outcome of a call that did not end by itself."""
         if call.finish is FinishReason.STOP:
             return None
@@ -229,8 +252,8 @@ class _Tree:
             return ThreadEnd(Outcome.ENGINE_ERROR, call.error)
         if call.finish is FinishReason.ABORTED:
             return ThreadEnd(Outcome.CANCELLED)
-        if self.tokens >= self.bounds.max_tree_tokens:
-            return ThreadEnd(Outcome.BOUND_TOKENS, f"{self.tokens} tokens")
+        if allowance.left <= 0:
+            return ThreadEnd(Outcome.BOUND_TOKENS, f"of {self.bounds.max_tree_tokens} for the tree")
         if len(call.prompt_ids) + len(call.sampled_ids) >= self.engine.context_tokens:
             return ThreadEnd(Outcome.CONTEXT_FULL, f"{self.engine.context_tokens} tokens")
         return ThreadEnd(Outcome.TRUNCATED, f"{len(call.sampled_ids)} tokens")
@@ -246,7 +269,7 @@ class _Tree:
             return ThreadEnd(Outcome.BOUND_CHILDREN, f"{len(asked.children)} children")
         return None
 
-    async def run_call(self, path: Path, segment: int, prompt: tuple[int, ...]) -> Call:
+    async def run_call(self, path: Path, segment: int, prompt: tuple[int, ...], allowance: _Allowance) -> Call:
         """One call. Where the model writes what only the runtime may, the right token is forced and it goes on."""
         recorder = _Recorder(path, segment, prompt, self.engine_id)
         self.emit(CallStarted(path, segment, len(prompt)))
@@ -254,15 +277,17 @@ class _Tree:
         try:
             while True:
                 room = self.engine.context_tokens - len(prompt) - len(recorder.ids)
-                budget = min(
-                    self.bounds.max_call_tokens - len(recorder.ids), self.bounds.max_tree_tokens - self.tokens, room
-                )
+                budget = min(self.bounds.max_call_tokens - len(recorder.ids), allowance.left, room)
                 if budget <= 0:
                     recorder.finish = FinishReason.LENGTH
                     break
                 seed = call_seed(self.request.seed, path, segment, resumption)
                 recorder.seed = recorder.seed or seed
-                await self.stream(recorder, resumption, seed, budget)
+                before = recorder.sampled
+                try:
+                    await self.stream(recorder, resumption, seed, budget)
+                finally:
+                    allowance.left -= recorder.sampled - before
                 if recorder.finish is not FinishReason.STOP:
                     break
                 forced = self.protocol.forced_replacement(recorder.ids[-1])
@@ -327,6 +352,7 @@ class _Recorder:
         self.error = ""
         self.seed = 0
         self.cached: int | None = None
+        self.sampled = 0
         self.start_s = time.time()
         self.first_token_s = 0.0
 
@@ -339,6 +365,7 @@ class _Recorder:
             return
         self.first_token_s = self.first_token_s or time.time()
         start = len(self.ids)
+        self.sampled += len(ids)
         self.ids += ids
         self.logprobs += logprobs
         if self.spans and self.spans[-1].version == version and self.spans[-1].end == start:

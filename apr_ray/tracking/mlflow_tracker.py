@@ -25,7 +25,8 @@ class MlflowTracker:
     def __init__(self, uri: str, experiment: str, artifacts: Path) -> None:
         import mlflow
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # it reports every migration of a new database
+        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracing.export.async_export_queue"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they report every migration and every flush
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(uri)

@@ -78,7 +78,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 trees = reward.score([p for p in problems for _ in range(grpo.group_size)], trees)
                 times.append(time.perf_counter())
                 groups, stale = fresh_groups(group(trees, grpo.group_size), version, grpo.max_staleness)
-                made = grpo_batch(groups, skip_zero_advantage=not grpo.kl_coefficient)
+                made = grpo_batch(groups, skip_zero_advantage=not grpo.kl_coefficient, stale=stale)
                 rate = learning_rate(grpo.optimizer, state.step, done())
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
                 times.append(time.perf_counter())
@@ -98,7 +98,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 state.version = str(version)
                 state.tokens += sum(s.tokens for s in stats)
                 state.elapsed_s = clock.elapsed_s()
-                metrics = step_metrics(trees, made, stats, measured, stale, times, pool)
+                metrics = step_metrics(trees, made, stats, measured, times)
                 metrics["sync/delta_logprob_mean"] = delta
                 watch.log(metrics, state.step)
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
@@ -135,19 +135,20 @@ def group(trees: Sequence[ThreadTree], size: int) -> list[Group]:
     return [Group(trees[i].problem_key, tuple(trees[i : i + size])) for i in range(0, len(trees), size)]
 
 
-def fresh_groups(groups: Sequence[Group], version: WeightVersion, max_staleness: int) -> tuple[list[Group], int]:
-    """Groups all of whose trees were drawn under weights at most `max_staleness` versions old, and how many trees are
-    left out (contract 9). Weights of another incarnation are never fresh."""
-    kept = [
-        g
-        for g in groups
-        if all(
-            v.incarnation == version.incarnation and version.counter - v.counter <= max_staleness
-            for tree in g.trees
-            for v in tree.versions()
+def fresh_groups(
+    groups: Sequence[Group], version: WeightVersion, max_staleness: int
+) -> tuple[list[Group], list[Group]]:
+    """Groups all of whose trees were drawn under weights at most `max_staleness` versions old, and the others
+    (contract 9). Weights of another incarnation are never fresh."""
+    fresh: list[Group] = []
+    stale: list[Group] = []
+    for one in groups:
+        versions = {v for tree in one.trees for v in tree.versions()}
+        recent = all(
+            v.incarnation == version.incarnation and version.counter - v.counter <= max_staleness for v in versions
         )
-    ]
-    return kept, sum(len(g.trees) for g in groups) - sum(len(g.trees) for g in kept)
+        (fresh if recent else stale).append(one)
+    return fresh, stale
 
 
 def step_metrics(
@@ -155,9 +156,7 @@ def step_metrics(
     made: GrpoBatch,
     stats: Sequence[StepStats],
     version: WeightVersion,
-    stale: int,
     times: Sequence[float],
-    pool: RolloutPool,
 ) -> dict[str, float]:
     """One step's metrics, by their names in `metrics.names`."""
     rollout_s, reward_s, learn_s, sync_s = (b - a for a, b in itertools.pairwise(times))
@@ -167,7 +166,6 @@ def step_metrics(
         "rollout/reward": sum(t.reward or 0.0 for t in trees) / len(trees),
         "rollout/zero_variance_groups": made.zero_variance_groups / groups,
         "rollout/staleness": staleness(trees, version.counter),
-        "rollout/stale_trees": float(stale),
         "rollout/tokens_per_s": sum(t.total_tokens for t in trees) / rollout_s,
         "rollout/cached_tokens": sum(c.cached_tokens for t in trees for c in t.calls) / max(1, prompt),
         "time/rollout_s": rollout_s,
@@ -178,6 +176,7 @@ def step_metrics(
     }
     out |= {f"rollout/{name}": value for name, value in tree_metrics(trees).items()}
     out |= {f"rollout/failure/{reason}": share for reason, share in failure_reasons(trees).items()}
+    out |= {f"rollout/tokens/{disposition.value}": float(n) for disposition, n in made.dispositions.items()}
     if stats:
         first, last = stats[0], stats[-1]
         out |= {

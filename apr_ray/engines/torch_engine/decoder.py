@@ -1,8 +1,8 @@
 """A Llama forward pass over KV slots.
 
 Written by hand, where `transformers` has a model: its caches are made for batches that begin and end together, and its
-own continuous batching is ten times slower on a CPU (docs/stack facts; `apr-ray bench engine` compares with
-`generate`). Here rows have ragged positions, KV stays in place between calls, q/k/v and gate/up are one matrix each.
+own continuous batching is slow on a CPU (`apr-ray bench engine` compares with `generate`). Here rows have ragged
+positions, KV stays in place between calls, q/k/v and gate/up are one matrix each.
 """
 
 from __future__ import annotations
