@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from apr_ray.config import LearnerConfig, ModelConfig, OptimizerConfig
-from apr_ray.core.batch import Sequence_, TrainBatch, lay_out
+from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.learner.trainer import GrpoStep, Trainer, init_process_group, merge
 from apr_ray.model.llama import new_policy
 from apr_ray.rl.losses import token_logprobs
@@ -28,7 +28,7 @@ def batches(count: int = 3) -> list[TrainBatch]:
     return [
         lay_out(
             [
-                Sequence_(
+                TrainSequence(
                     rng.integers(0, 57, n).tolist(),
                     (rng.random(n) / 500).tolist(),
                     rng.normal(size=n).tolist(),

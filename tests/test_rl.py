@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_ray.config import OptimizerConfig
-from apr_ray.core.batch import Sequence_, lay_out
+from apr_ray.core.batch import TrainSequence, lay_out
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.ledger import Call, Disposition, Group, Outcome, Replaced, ThreadTree
 from apr_ray.core.weights import WeightVersion
@@ -235,9 +235,9 @@ def test_ranks_get_even_shares() -> None:
 
 def test_lay_out_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="empty sequence"):
-        lay_out([Sequence_([], [])])
+        lay_out([TrainSequence([], [])])
     with pytest.raises(ValueError, match="advantages has 1 entries for 2 tokens"):
-        lay_out([Sequence_([1, 2], [0.0, 1.0], [1.0])])
+        lay_out([TrainSequence([1, 2], [0.0, 1.0], [1.0])])
 
 
 def test_schedules() -> None:

@@ -13,7 +13,7 @@ import pytest
 from apr_ray.tasks.countdown import grammar as g
 from apr_ray.tasks.countdown.oracle import is_solvable
 from apr_ray.tasks.countdown.problem import CountdownProblem
-from apr_ray.tasks.countdown.solver import AprTrace, SolverOptions, _solve_apr, heuristic, solve_apr, solve_sosp
+from apr_ray.tasks.countdown.solver import AprTrace, SolverOptions, heuristic, solve_apr, solve_apr_with, solve_sosp
 from apr_ray.tasks.countdown.spawn_join import child_result, join_block, read_spawn_block
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors"
@@ -102,7 +102,7 @@ def test_statistics_match_the_released_solver() -> None:
     for row in rows:
         problem = CountdownProblem(tuple(row["numbers"]), row["target"])
         for seed in range(12):
-            trace = _solve_apr(problem, row["beam"], row["child_beam"], 0.9, random.Random(seed))
+            trace = solve_apr_with(problem, row["beam"], row["child_beam"], 0.9, random.Random(seed))
             children = sum(map(len, trace.children))
             ours.append((trace.solved, children, len(trace.children), len("".join(trace.segments[-1]))))
     for column, tolerance in ((0, 0.08), (1, 1.6), (2, 0.25)):

@@ -46,7 +46,7 @@ class TrainBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence_:
+class TrainSequence:
     """One sequence before it is laid into a batch; all fields have one entry per token."""
 
     tokens: Sequence[int]
@@ -55,7 +55,7 @@ class Sequence_:
     behaviour_logprobs: Sequence[float] | None = None
 
 
-def lay_out(sequences: Sequence[Sequence_]) -> TrainBatch:
+def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:
     """Lay sequences end to end. Raises ValueError on an empty sequence or unequal lengths."""
     lengths = [len(s.tokens) for s in sequences]
     for sequence in sequences:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from apr_ray.core.batch import Sequence_, TrainBatch, lay_out
+from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.ledger import Call, Disposition, Group
 from apr_ray.rl.advantages import group_advantages
 
@@ -40,7 +40,7 @@ def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool, stale: Seq
         stale: groups that are not used because they are too old; their tokens are counted.
     """
     total_trees = sum(len(group.trees) for group in groups)
-    sequences: list[Sequence_] = []
+    sequences: list[TrainSequence] = []
     dispositions: Counter[Disposition] = Counter()
     for group in stale:
         dispositions[Disposition.STALE] += sum(tree.total_tokens for tree in group.trees)
@@ -66,7 +66,7 @@ def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool, stale: Seq
     return GrpoBatch(lay_out(sequences), dispositions, zero_variance)
 
 
-def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantage: float) -> Sequence_:
+def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantage: float) -> TrainSequence:
     """One call: prompt and forced tokens have weight 0."""
     start = len(call.prompt_ids)
     size = start + len(call.sampled_ids)
@@ -75,7 +75,7 @@ def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantag
     logprobs = np.zeros(size, dtype=np.float32)
     logprobs[start:] = call.logprobs
     advantages: Any = np.full(size, advantage, dtype=np.float32)
-    return Sequence_((*call.prompt_ids, *call.sampled_ids), weights, advantages, logprobs)  # type: ignore[arg-type]
+    return TrainSequence((*call.prompt_ids, *call.sampled_ids), weights, advantages, logprobs)  # type: ignore[arg-type]
 
 
 def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]], *, mask_prompt: bool) -> TrainBatch:
@@ -91,7 +91,7 @@ def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]], *, mask_pro
     for ids, skip in masked:
         weights = np.full(len(ids), 1.0 / trained, dtype=np.float32)
         weights[:skip] = 0.0
-        out.append(Sequence_(ids, weights))  # type: ignore[arg-type]
+        out.append(TrainSequence(ids, weights))  # type: ignore[arg-type]
     return lay_out(out)
 
 

@@ -224,10 +224,13 @@ def solve_apr(problem: CountdownProblem, solver_seed: int, options: SolverOption
     rng = rng_for(problem, solver_seed)
     beam = rng.randint(options.beam_low, options.beam_high)
     child_beam = rng.randint(beam, options.child_beam_high)
-    return _solve_apr(problem, beam, child_beam, options.promising, rng)
+    return solve_apr_with(problem, beam, child_beam, options.promising, rng)
 
 
-def _solve_apr(problem: CountdownProblem, beam: int, child_beam: int, promising: float, rng: random.Random) -> AprTrace:
+def solve_apr_with(
+    problem: CountdownProblem, beam: int, child_beam: int, promising: float, rng: random.Random
+) -> AprTrace:
+    """`solve_apr` with beams already drawn."""
     target = problem.target
     search = _Search(_Point(ROOT, root_state(problem), ()), beam, rng)
     prompt = child_prompt(ROOT, root_state(problem))
