@@ -81,7 +81,7 @@ def quickstart(
     _final_table(grpo)
     _next(
         f"the report            {page}",
-        f"one tree as lanes     apr-ray trace {_short(grpo)}",
+        f"one tree as lanes     apr-ray trace {_short(run.path)}",
         f"metrics and traces    mlflow ui --backend-store-uri sqlite:///{run.path.parent}/mlflow.db",
     )
 
@@ -165,11 +165,12 @@ def evaluate_command(
     from apr_ray.rollout.pool import RolloutPool
     from apr_ray.tasks.registry import load_task
     from apr_ray.tracking.progress import ProgressBars
-    from apr_ray.training.run_dir import find_policy
+    from apr_ray.training.run_dir import config_of, find_policy
     from apr_ray.training.session import ray_session
 
     policy = find_policy(model)
-    settings = _config(config, overrides)
+    beside = config_of(policy)  # the run's own bounds and engine, unless told otherwise
+    settings = _config([*([str(beside)] if beside else []), *(config or [])], overrides)
     settings = settings.model_copy(update={"task": read_task(policy)})
     what = settings.evaluation
     problems = load_task(settings.task).problems(what.split, what.problems, settings.run.seed)

@@ -12,7 +12,7 @@ from apr_ray.config import BoundsConfig, EngineConfig
 from apr_ray.core.ledger import Problem, ThreadTree
 from apr_ray.core.task import Verdict
 from apr_ray.engines.registry import build_engine
-from apr_ray.model.llama import load_policy, read_task
+from apr_ray.model.llama import read_task, require_vocabulary
 from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.events import Listener
@@ -59,7 +59,7 @@ def solve(
     the_problem = task.problem_from_text(problem) if isinstance(problem, str) else task.problem_from_json(problem)
     task.require_solvable(the_problem)
     tokenizer = task.load_tokenizer(str(model))
-    load_policy(model, tokenizer)
+    require_vocabulary(model, tokenizer)
     engine = build_engine(EngineConfig(max_sequences=32, cache_slots=16, stream_interval=1), str(model))
     limits = Bounds(**(bounds or BoundsConfig()).model_dump())
     request = TreeRequest(the_problem, seed=seed, temperature=temperature)

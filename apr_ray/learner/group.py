@@ -38,14 +38,15 @@ class LearnerActor:
 
     def start(self, address: str, port: int) -> int:
         """Join the group and build the policy; returns its parameter count."""
-        from apr_ray.model.llama import load_policy, new_policy, parameter_count
+        from apr_ray.model.llama import load_policy, new_policy, parameter_count, require_vocabulary
 
         learner = self.config.learner
         init_process_group(self.rank, learner.ranks, address, port)
         task = load_task(self.config.task)
         self.tokenizer = task.load_tokenizer(self.init_from) if self.init_from else task.tokenizer()
         if self.init_from:
-            policy = load_policy(self.init_from, self.tokenizer)
+            require_vocabulary(self.init_from, self.tokenizer)
+            policy = load_policy(self.init_from)
         else:
             policy = new_policy(self.config.model, self.tokenizer, self.config.run.seed)
         count = parameter_count(policy)

@@ -51,23 +51,24 @@ def new_policy(model: ModelConfig, tokenizer: Tokenizer, seed: int) -> LlamaForC
         return LlamaForCausalLM(llama_config(model, tokenizer))
 
 
-def load_policy(checkpoint: str | Path, tokenizer: Tokenizer | None = None) -> LlamaForCausalLM:
-    """A checkpoint's policy in float32.
-
-    Raises:
-        AprError: no checkpoint there, or its vocabulary is not the tokenizer's.
-    """
+def load_policy(checkpoint: str | Path) -> LlamaForCausalLM:
+    """A checkpoint's policy in float32. Raises AprError where there is none."""
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
+    read_config(checkpoint)
     logging.disable_progress_bar()
-    config = read_config(checkpoint)
-    if tokenizer is not None and config["vocab_size"] != tokenizer.vocab_size:
+    return LlamaForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)
+
+
+def require_vocabulary(checkpoint: str | Path, tokenizer: Tokenizer) -> None:
+    """Raise AprError unless a checkpoint's vocabulary is the tokenizer's."""
+    size = read_config(checkpoint)["vocab_size"]
+    if size != tokenizer.vocab_size:
         raise AprError(
-            f"{checkpoint} has a vocabulary of {config['vocab_size']}, the task's has {tokenizer.vocab_size}",
+            f"{checkpoint} has a vocabulary of {size}, the task's has {tokenizer.vocab_size}",
             "Give a checkpoint trained with this task's tokenizer, or train one: apr-ray sft",
         )
-    return LlamaForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)
 
 
 def read_config(checkpoint: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from apr_ray.core.engine import Engine, EngineStats, FinishReason, GenerateReque
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightUpdate
 from apr_ray.engines.registry import build_engine
+from apr_ray.model.llama import require_vocabulary
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
 
@@ -26,7 +27,9 @@ class RolloutWorker:
 
         torch.set_num_threads(1)
         task = load_task(config.task)
-        self.protocol = task.protocol(task.load_tokenizer(checkpoint))
+        tokenizer = task.load_tokenizer(checkpoint)
+        require_vocabulary(checkpoint, tokenizer)
+        self.protocol = task.protocol(tokenizer)
         self.engine: Engine = build_engine(config.engine, checkpoint)
         self.bounds = bounds_of(config.bounds)
         self.worker_id = worker_id

@@ -163,12 +163,20 @@ class RunDir:
 
 
 def find_policy(path: Path) -> Path:
-    """The checkpoint that a user's path means: a policy folder, or a run's `final`, `best` or newest policy."""
-    candidates = [path, path / "final", path / "best", *sorted((path / "checkpoints").glob("step-*/policy"))[::-1]]
+    """The checkpoint that a user's path means: a policy folder, a run's `final`, `best` or newest policy, or that of a
+    quickstart's last phase."""
+    newest = sorted((path / "checkpoints").glob("step-*/policy"))[::-1]
+    phases = [path / "grpo" / "final", path / "sft" / "final"]
+    candidates = [path, path / "final", path / "best", *newest, *phases]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
     raise AprError(f"no checkpoint in {path}", "Give a run folder or a checkpoint folder that apr-ray wrote")
+
+
+def config_of(policy: Path) -> Path | None:
+    """The config of the run that a policy folder lies in, if it lies in one."""
+    return next((p / "config.yaml" for p in policy.resolve().parents[:3] if (p / "config.yaml").is_file()), None)
 
 
 def flat_params(config: Config) -> dict[str, Any]:
