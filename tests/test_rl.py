@@ -112,7 +112,10 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
 def test_k3_is_never_negative_and_zero_only_where_policies_agree(a: float, b: float) -> None:
     value = float(k3(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)))
     assert value >= -1e-12
-    assert (value < 1e-12) == (abs(a - b) < 1e-5)
+    d = b - a
+    assert value == pytest.approx(math.exp(d) - 1 - d, abs=1e-9)
+    if abs(d) > 1e-3:
+        assert value > d * d / 20  # it grows with the distance, on both sides
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
