@@ -188,6 +188,7 @@ def evaluate_command(
                     temperature=temperature,
                     samples=what.samples,
                     seed=settings.run.seed,
+                    budget=settings.rollout.budget,
                     bar=bar,
                 )
             prefix = f"eval/{mode_name(temperature)}/"

@@ -113,6 +113,11 @@ class SftConfig(Section):
     """First share of training in which only children's short sequences are shown (curriculum)."""
     mask_prompt: bool = False
     """False trains on all tokens, as the paper does."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the matrix products of a step under autocast; weights, optimiser and loss stay in float32. GRPO is
+    always float32, since its ratios compare logprobs with the engine's."""
+    eval_every: Positive = 5000
+    """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 500
     log_every: Positive = 20
 
@@ -171,6 +176,9 @@ class RolloutConfig(Section):
     concurrent_trees: Positive = 64
     """Trees each worker runs at the same time."""
     cpus_per_worker: Rate = 0.5
+    budget: Positive | None = None
+    """Condition every root prompt on this budget (paper section 4.2: children per round for APR, tokens for SoS+). The
+    policy must have seen such prefixes: `task.options.budgets`."""
 
 
 class WeightsConfig(Section):

@@ -236,6 +236,12 @@ def test_ranks_get_even_shares() -> None:
     assert sum(load) / sum(lengths) < 1.15
 
 
+def test_a_batch_that_fits_is_cut_once_per_rank() -> None:
+    """Equal sequences that do not divide evenly: no third micro-batch, and no rank with an empty one."""
+    plan = plan_micro_batches([97] * 21, 4096, 2)
+    assert sorted(len(group) for part in plan for group in part) == [10, 11]
+
+
 def test_lay_out_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="empty sequence"):
         lay_out([TrainSequence([], [])])

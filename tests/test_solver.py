@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from apr_ray.core.errors import AprError
 from apr_ray.tasks.countdown import grammar as g
 from apr_ray.tasks.countdown.oracle import is_solvable
 from apr_ray.tasks.countdown.problem import CountdownProblem
-from apr_ray.tasks.countdown.solver import AprTrace, SolverOptions, heuristic, solve_apr, solve_apr_with, solve_sosp
+from apr_ray.tasks.countdown.solver import (
+    SOSP_PAPER,
+    AprTrace,
+    SolverOptions,
+    heuristic,
+    solve_apr,
+    solve_apr_with,
+    solve_sosp,
+)
 from apr_ray.tasks.countdown.spawn_join import child_result, join_block, read_spawn_block
+from apr_ray.tasks.countdown.task import CountdownOptions, CountdownTask
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors"
 
@@ -124,3 +134,35 @@ def test_sosp_statistics_match_the_released_solver() -> None:
     assert abs(theirs_solved - statistics.mean(solved for _, _, solved in ours)) < 0.08
     lengths = statistics.median(len(p + c) for p, c, _ in ours)
     assert lengths == pytest.approx(statistics.median(len(row["text"]) for row in rows), rel=0.25)
+
+
+def test_the_usual_beam_takes_its_share_of_the_runs() -> None:
+    options = SolverOptions(beam_low=1, beam_high=10, child_beam_high=10, usual_beam=4, usual_share=0.5)
+    drawn = [options.draw_beam(random.Random(i)) for i in range(4000)]
+    assert drawn.count(4) / 4000 == pytest.approx(0.5 + 0.5 / 10, abs=0.03)
+    assert drawn.count(9) / 4000 == pytest.approx(0.5 / 10, abs=0.02)
+    assert set(drawn) == set(range(1, 11))
+    with pytest.raises(AprError, match=r"usual_beam 4 is outside 5\.\.10"):
+        SolverOptions(beam_low=5, usual_beam=4, usual_share=0.5)
+
+
+def test_budgets_say_what_a_demonstration_came_to() -> None:
+    """Paper section 4.2: APR's parent names children per round, its children nothing; SoS+ names a token bin."""
+    for problem in problems(60):
+        made = CountdownTask(CountdownOptions(budgets=True)).demonstrate(problem, 0)
+        plain = CountdownTask(CountdownOptions()).demonstrate(problem, 0)
+        children = sum(s.kind == "child" for s in made.sequences)
+        rounds = len({s.segment for s in made.sequences if s.kind == "parent"}) - 1
+        head = f"Sub Call Budget: {children // rounds} " if rounds else ""
+        for ours, theirs in zip(made.sequences, plain.sequences, strict=True):
+            assert ours.prompt == (head if ours.kind == "parent" else "") + theirs.prompt
+            assert ours.completion == theirs.completion
+    sosp = CountdownTask(CountdownOptions(method="sosp", solver=SOSP_PAPER, budgets=True))
+    bins = set()
+    for problem in problems(20):
+        (sequence,) = sosp.demonstrate(problem, 0).sequences
+        budget, body = g.split_budget(sequence.prompt + sequence.completion)
+        assert budget is not None
+        assert 0 <= budget.amount - len(sosp.tokenizer().encode(body)) < 512
+        bins.add(budget.amount % 512)
+    assert bins == {0}

@@ -59,12 +59,16 @@ def evaluate(
     temperature: float,
     samples: int = 1,
     seed: int = 0,
+    budget: int | None = None,
     bar: Bar | None = None,
 ) -> EvalResult:
-    """Run every problem `samples` times (once when greedy) and check the answers."""
+    """Run every problem `samples` times (once when greedy) and check the answers; `budget` conditions every root."""
     samples = 1 if temperature == 0 else samples
     asked = [(problem, sample) for problem in problems for sample in range(samples)]
-    requests = [TreeRequest(p, s, tree_seed(seed, f"eval-{temperature}", p.key, s), temperature) for p, s in asked]
+    requests = [
+        TreeRequest(p, s, tree_seed(seed, f"eval-{temperature}", p.key, s), temperature, budget=budget)
+        for p, s in asked
+    ]
     trees: list[ThreadTree | None] = [None] * len(asked)
     for done, (index, tree) in enumerate(pool.run(requests), start=1):
         trees[index] = tree

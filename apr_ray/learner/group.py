@@ -54,7 +54,7 @@ class LearnerActor:
         return count
 
     def sft_step(self, batch: TrainBatch, learning_rate: float) -> StepStats:
-        return self.trainer.sft_step(batch, learning_rate)
+        return self.trainer.sft_step(batch, learning_rate, self.config.sft.precision == "bf16")
 
     def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
         return self.trainer.grpo_step(batch, step, learning_rate)

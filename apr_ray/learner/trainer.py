@@ -129,12 +129,13 @@ class Trainer:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def sft_step(self, batch: TrainBatch, learning_rate: float) -> StepStats:
-        """One optimiser step on demonstrations."""
+    def sft_step(self, batch: TrainBatch, learning_rate: float, bf16: bool = False) -> StepStats:
+        """One optimiser step on demonstrations; `bf16` runs its matrix products in bfloat16."""
         loss_sum, padded, tokens = 0.0, 0, 0
         for indices in self.plan(batch):
             rows = _Rows(batch, indices)
-            logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+            with torch.autocast(rows.tokens.device.type, torch.bfloat16, enabled=bf16):
+                logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
             loss = sft_loss(token_logprobs(logits, rows.tokens), rows.weights)
             self.engine.backward(loss * self.world)
             loss_sum += float(loss.detach())

@@ -98,28 +98,41 @@ def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]], *, mask_pro
 def plan_micro_batches(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
     """Which sequences go together: `plan[rank][i]` lists sequence indices.
 
-    Sequences are sorted by length, so that padding is small, and grouped so that rows times longest row stay within the
-    budget (a longer sequence goes alone). Micro-batches are dealt to the rank with the least padded tokens so far; all
-    ranks get as many (an empty list where there is nothing left), because ranks reduce gradients in step.
+    Sequences are sorted by length, so that padding is small, and cut into as few micro-batches as the budget on rows
+    times longest row allows, the same number for every rank (ranks reduce gradients in step) and of about the same size
+    (a rank that is done early waits). A sequence longer than the budget goes alone. Where there are too few sequences,
+    a rank gets an empty list.
     """
     if budget < 1 or ranks < 1:
         raise ValueError(f"budget {budget} and ranks {ranks} must be positive")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    share = -(-sum(lengths) // ranks)
-    limit = min(budget, share) if ranks > 1 else budget  # one micro-batch must not leave the other ranks idle
+    groups = _cut(order, lengths, budget)
+    rounds = -(-len(groups) // ranks)
+    low, high = 1, budget  # the smallest limit that needs no more rounds makes the sizes most alike
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(order, lengths, middle)) <= rounds * ranks:
+            high = middle
+        else:
+            low = middle + 1
+    groups = _cut(order, lengths, high)
+    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for group in sorted(groups, key=lambda g: -len(g) * lengths[g[0]]):
+        rank = min((r for r in range(ranks) if len(plan[r]) < rounds), key=lambda r: (load[r], r))
+        plan[rank].append(group)
+        load[rank] += len(group) * lengths[group[0]]
+    for part in plan:
+        part.extend([] for _ in range(rounds - len(part)))
+    return plan
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Neighbours in `order` (longest first) together, as many as rows times longest row within the limit."""
     groups: list[list[int]] = []
     for index in order:
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= limit:
             groups[-1].append(index)
         else:
             groups.append([index])
-    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for group in sorted(groups, key=lambda g: -len(g) * lengths[g[0]]):
-        rank = min(range(ranks), key=lambda r: (load[r], r))
-        plan[rank].append(group)
-        load[rank] += len(group) * lengths[group[0]]
-    most = max((len(p) for p in plan), default=0)
-    for part in plan:
-        part.extend([] for _ in range(most - len(part)))
-    return plan
+    return groups

@@ -12,19 +12,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from apr_ray.config import Config
 from apr_ray.core.errors import MismatchError
 from apr_ray.core.ledger import Group, Problem, ThreadTree
-from apr_ray.core.tracker import Tracker
-from apr_ray.core.trees_io import write_trees
 from apr_ray.core.weights import WeightVersion
-from apr_ray.evaluation.evaluate import EvalResult, evaluate, tree_seed
+from apr_ray.evaluation.evaluate import tree_seed
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats
-from apr_ray.metrics.names import mode_name
 from apr_ray.metrics.trees import failure_reasons, staleness, tree_metrics
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import GrpoBatch, grpo_batch
@@ -35,6 +31,7 @@ from apr_ray.threads.runtime import TreeRequest
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
+from apr_ray.training.watch import Watch
 from apr_ray.weights.object_store import ObjectStoreTransport, check_engines
 
 
@@ -52,7 +49,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         learners = LearnerGroup.start(config, grpo.optimizer, str(start))
         pool = RolloutPool.start(config, str(start))
         reward = RewardClient(config.task)
-        watch = _Watch(config, run, tracker, pool, reward, heldout, bars)
+        watch = Watch(config, run, tracker, heldout, bars)
         transport = ObjectStoreTransport()
         if grpo.kl_coefficient:
             learners.freeze_reference(str(policy))
@@ -61,7 +58,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
             learners.load(found[0])
             transport.broadcast(learners, pool, version)
         else:
-            watch.full_evaluation(0)
+            watch.full_evaluation(pool, reward, 0)
         how = GrpoStep(grpo.clip, grpo.kl_coefficient, grpo.temperature, grpo.inner_steps)
         clock = Clock(state.elapsed_s)
 
@@ -104,13 +101,14 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
                 bar.update(min(1.0, done()), note)
                 last = done() >= 1
-                improved = (state.step % grpo.eval_every == 0 and not last) and watch.quick_evaluation(state)
+                due = state.step % grpo.eval_every == 0 and not last
+                improved = due and watch.quick_evaluation(pool, reward, state)
                 if improved or last or state.step % grpo.save_every == 0:
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
                     if improved:
                         run.keep_policy(run.path / "checkpoints" / f"step-{state.step:06d}", "best")
-        watch.full_evaluation(state.step)
+        watch.full_evaluation(pool, reward, state.step)
         for part in (learners, pool, reward):
             part.stop()
     latest = run.latest()
@@ -122,7 +120,9 @@ def sample_trees(pool: RolloutPool, problems: Sequence[Problem], config: Config,
     """`group_size` trees per problem, in the order (problem, sample)."""
     grpo = config.grpo
     requests = [
-        TreeRequest(p, s, tree_seed(config.run.seed, f"step-{step}", p.key, s), grpo.temperature)
+        TreeRequest(
+            p, s, tree_seed(config.run.seed, f"step-{step}", p.key, s), grpo.temperature, budget=config.rollout.budget
+        )
         for p in problems
         for s in range(grpo.group_size)
     ]
@@ -192,56 +192,3 @@ def step_metrics(
             "train/delta_logprob_max": first.delta_max,
         }
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class _Watch:
-    """Logging and evaluation beside the loop."""
-
-    config: Config
-    run: RunDir
-    tracker: Tracker
-    pool: RolloutPool
-    reward: RewardClient
-    heldout: Sequence[Problem]
-    bars: ProgressBars
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.run.log(metrics, step)
-        self.tracker.log(metrics, step)
-
-    def full_evaluation(self, step: int) -> list[EvalResult]:
-        """Every temperature, all held-out problems; trees are kept, some as traces."""
-        evaluation = self.config.evaluation
-        results = []
-        for temperature in evaluation.temperatures:
-            samples = 1 if temperature == 0 else evaluation.samples
-            mode = mode_name(temperature)
-            with self.bars.bar(f"evaluate step {step}, {mode}", len(self.heldout) * samples) as bar:
-                result = evaluate(
-                    self.pool,
-                    self.reward,
-                    self.heldout,
-                    temperature=temperature,
-                    samples=samples,
-                    seed=self.config.run.seed,
-                    bar=bar,
-                )
-            self.log(result.metrics(), step)
-            self.tracker.log_trees(result.trees[: evaluation.traced_trees], step)
-            folder = self.run.path / "eval"
-            folder.mkdir(exist_ok=True)
-            write_trees(folder / f"step-{step:06d}-{mode}.jsonl", result.trees)
-            results.append(result)
-        return results
-
-    def quick_evaluation(self, state: LoopState) -> bool:
-        """Greedy accuracy on the first held-out problems; whether it is the best so far."""
-        evaluation = self.config.evaluation
-        problems = self.heldout[: evaluation.during_training_problems]
-        result = evaluate(self.pool, self.reward, problems, temperature=0.0, seed=self.config.run.seed)
-        self.log(result.metrics(), state.step)
-        self.tracker.log_trees(result.trees[: evaluation.traced_trees], state.step)
-        improved = result.accuracy > state.best_accuracy
-        state.best_accuracy = max(state.best_accuracy, result.accuracy)
-        return improved

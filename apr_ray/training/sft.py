@@ -7,12 +7,19 @@ from collections import deque
 from pathlib import Path
 
 from apr_ray.config import Config
+from apr_ray.core.weights import WeightVersion
 from apr_ray.data.demonstrations import Demonstrations, SftSampler
 from apr_ray.learner.group import LearnerGroup
+from apr_ray.learner.trainer import StepStats
+from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.schedules import learning_rate
+from apr_ray.rollout.pool import RolloutPool
+from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
+from apr_ray.training.watch import Watch
+from apr_ray.weights.object_store import ObjectStoreTransport
 
 IN_FLIGHT = 2
 """Steps submitted ahead, so that no rank waits for the driver to build the next batch."""
@@ -28,8 +35,12 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         data, sft.batch_tokens, mask_prompt=sft.mask_prompt, seed=config.run.seed, position=state.position
     )
     run.truncate_metrics(state.step)
+    evaluation = config.evaluation
+    heldout = load_task(config.task).problems(evaluation.split, evaluation.during_training_problems, config.run.seed)
     with ray_session(config), tracked(config, run, state) as tracker:
         learners = LearnerGroup.start(config, sft.optimizer, config.init_from)
+        watch = Watch(config, run, tracker, heldout, bars)
+        judge = _Judge(config, learners)
         if found:
             learners.load(found[0])
         clock = Clock(state.elapsed_s)
@@ -37,12 +48,16 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         def done() -> float:
             return max(state.tokens / sft.tokens, clock.share_of(sft.max_minutes))
 
+        def stops_after(step: int) -> bool:
+            """Whether nothing may be in flight after this step, because the policy is saved or evaluated there."""
+            return step % sft.save_every == 0 or step % sft.eval_every == 0
+
         pending: deque[tuple[list[object], int]] = deque()
         submitted = state.step
         since, trained = time.monotonic(), 0
         with bars.bar("supervised", 1.0) as bar:
-            while done() < 1 or pending:
-                while done() < 1 and len(pending) < IN_FLIGHT:
+            while pending or done() < 1:
+                while done() < 1 and len(pending) < IN_FLIGHT and not (pending and stops_after(submitted)):
                     phase = "child" if done() < sft.child_first_fraction and data.child.any() else "all"
                     batch = sampler.next(phase)
                     rate = learning_rate(sft.optimizer, submitted, done())
@@ -55,25 +70,60 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                 trained += size
                 if state.step % sft.log_every == 0:
                     speed, since, trained = trained / (time.monotonic() - since), time.monotonic(), 0
-                    metrics = {
-                        "sft/loss": stats.loss,
-                        "sft/grad_norm": stats.grad_norm,
-                        "sft/learning_rate": stats.learning_rate,
-                        "sft/tokens": float(state.tokens),
-                        "sft/tokens_per_s": speed,
-                        "sft/padding": 1 - size / stats.padded_tokens,
-                    }
-                    run.log(metrics, state.step)
-                    tracker.log(metrics, state.step)
+                    watch.log(_metrics(stats, size, state.tokens, speed), state.step)
                     note = (
                         f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens  {speed:,.0f}/s"
                     )
                     bar.update(min(1.0, done()), note)
-                if (state.step % sft.save_every == 0 and not pending) or (done() >= 1 and not pending):
+                if pending:
+                    continue
+                last = done() >= 1
+                due = state.step % sft.eval_every == 0 and not last
+                if due or last or state.step % sft.save_every == 0:
                     state.elapsed_s, state.position = clock.elapsed_s(), dict(sampler.position)
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
+                        improved = due and watch.quick_evaluation(*judge.of(folder), state)
+                    if improved:
+                        run.keep_policy(run.path / "checkpoints" / f"step-{state.step:06d}", "best")
         learners.stop()
+        judge.stop()
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0], "final")
+
+
+def _metrics(stats: StepStats, size: int, tokens: int, speed: float) -> dict[str, float]:
+    return {
+        "sft/loss": stats.loss,
+        "sft/grad_norm": stats.grad_norm,
+        "sft/learning_rate": stats.learning_rate,
+        "sft/tokens": float(tokens),
+        "sft/tokens_per_s": speed,
+        "sft/padding": 1 - size / stats.padded_tokens,
+    }
+
+
+class _Judge:
+    """The engines and the reward actor that evaluate a policy in training; started when first needed, since most of
+    supervised training needs none."""
+
+    def __init__(self, config: Config, learners: LearnerGroup) -> None:
+        self.config = config
+        self.learners = learners
+        self.evaluations = 0
+        self.parts: tuple[RolloutPool, RewardClient] | None = None
+
+    def of(self, checkpoint: Path) -> tuple[RolloutPool, RewardClient]:
+        """Both parts, the engines running the learners' present policy, which has just been saved as `checkpoint`."""
+        self.evaluations += 1
+        if self.parts is None:
+            pool = RolloutPool.start(self.config, str(checkpoint / "policy"))
+            self.parts = pool, RewardClient(self.config.task)
+        else:
+            ObjectStoreTransport().broadcast(self.learners, self.parts[0], WeightVersion(0, self.evaluations))
+        return self.parts
+
+    def stop(self) -> None:
+        for part in self.parts or ():
+            part.stop()

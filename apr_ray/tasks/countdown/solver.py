@@ -44,12 +44,17 @@ class SolverOptions:
         beam_low, beam_high: the parent's (or the only thread's) beam.
         child_beam_high: a child's beam is drawn from its parent's beam up to this.
         promising: probability of the coin.
+        usual_beam, usual_share: this share of the runs takes this one beam, the others draw theirs from the range. A
+            policy that imitates them greedily searches as wide as is usual; how wide is best is left to reinforcement
+            learning to find out. The paper draws uniformly (share 0).
     """
 
     beam_low: int = 1
     beam_high: int = 10
     child_beam_high: int = 15
     promising: float = 0.9
+    usual_beam: int = 1
+    usual_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_low <= self.beam_high:
@@ -59,8 +64,19 @@ class SolverOptions:
                 f"child_beam_high {self.child_beam_high} is below beam_high {self.beam_high}",
                 "A child's beam is drawn from its parent's beam upwards: raise child_beam_high",
             )
-        if not 0 <= self.promising <= 1:
-            raise AprError(f"promising is {self.promising}", "Use a probability")
+        for name in ("promising", "usual_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise AprError(f"{name} is {getattr(self, name)}", "Use a probability")
+        if self.usual_share and not self.beam_low <= self.usual_beam <= self.beam_high:
+            raise AprError(
+                f"usual_beam {self.usual_beam} is outside {self.beam_low}..{self.beam_high}", "Choose one of the range"
+            )
+
+    def draw_beam(self, rng: random.Random) -> int:
+        """The beam of one run."""
+        if self.usual_share and rng.random() < self.usual_share:
+            return self.usual_beam
+        return rng.randint(self.beam_low, self.beam_high)
 
 
 APR_PAPER = SolverOptions()
@@ -222,7 +238,7 @@ def solve_apr(problem: CountdownProblem, solver_seed: int, options: SolverOption
     """One APR demonstration: after a parent's expansion with more than one successor, with probability `promising`,
     one child per kept successor is spawned in ascending order of heuristic, and none of them is pushed."""
     rng = rng_for(problem, solver_seed)
-    beam = rng.randint(options.beam_low, options.beam_high)
+    beam = options.draw_beam(rng)
     child_beam = rng.randint(beam, options.child_beam_high)
     return solve_apr_with(problem, beam, child_beam, options.promising, rng)
 
@@ -286,7 +302,7 @@ def solve_sosp(
 ) -> tuple[str, str, bool]:
     """One SoS+ demonstration as (prompt, completion, solved); its prompt is the "Current State" line alone."""
     rng = rng_for(problem, solver_seed)
-    beam = rng.randint(options.beam_low, options.beam_high)
+    beam = options.draw_beam(rng)
     start = _Point(ROOT, root_state(problem), ())
     out: list[str] = []
     solved = _search_sosp(start, 0, beam, options.promising, rng, out)

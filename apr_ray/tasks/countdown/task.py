@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Problem
 from apr_ray.core.task import Demonstration, DemonstrationSet, Tokenizer, Verdict
+from apr_ray.tasks.countdown.grammar import Budget
 from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
 from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
 from apr_ray.tasks.countdown.protocol import CountdownProtocol
-from apr_ray.tasks.countdown.solver import SolverOptions, solve_apr, solve_sosp
+from apr_ray.tasks.countdown.solver import AprTrace, SolverOptions, solve_apr, solve_sosp
 from apr_ray.tasks.countdown.tokenizer import CountdownTokenizer, build_tokenizer, load_tokenizer
 from apr_ray.tasks.countdown.verifier import verify_solution
+
+TOKEN_BIN = 512
+"""Width of SoS+'s budget bins, in tokens (paper section 4.2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class CountdownOptions:
-    """What `task.options` may hold for Countdown."""
+    """What `task.options` may hold for Countdown.
+
+    Attributes:
+        budgets: demonstrations begin with what they turned out to cost, so that a policy can be asked for a budget
+            (`rollout.budget`; paper section 4.2).
+    """
 
     method: Literal["apr", "sosp"] = "apr"
     space: ProblemSpace = field(default_factory=ProblemSpace)
     solver: SolverOptions = field(default_factory=SolverOptions)
     max_depth: int = 1
+    budgets: bool = False
 
 
 class CountdownTask:
@@ -68,16 +79,35 @@ class CountdownTask:
         assert isinstance(problem, CountdownProblem)
         if self.options.method == "sosp":
             prompt, completion, solved = solve_sosp(problem, solver_seed, self.options.solver)
+            prompt = self._token_budget(prompt + completion) + prompt
             sequences = [Demonstration(prompt, completion, "parent", (), 0)]
             return DemonstrationSet(problem, solver_seed, solved, tuple(sequences))
         trace = solve_apr(problem, solver_seed, self.options.solver)
-        sequences = [Demonstration(p, c, "parent", (), i) for i, (p, c) in enumerate(trace.segments)]
+        budget = self._child_budget(trace)
+        sequences = [Demonstration(budget + p, c, "parent", (), i) for i, (p, c) in enumerate(trace.segments)]
         child = 0
         for spawned in trace.children:
             for prompt, completion in spawned:
                 sequences.append(Demonstration(prompt, completion, "child", (child,), 0))
                 child += 1
         return DemonstrationSet(problem, solver_seed, trace.solved, tuple(sequences))
+
+    def _child_budget(self, trace: AprTrace) -> str:
+        """Children per spawn round, before the parent's first line; a tree that never spawned has none. Children do not
+        inherit it."""
+        if not self.options.budgets or not trace.children:
+            return ""
+        return Budget("Sub Call Budget", sum(map(len, trace.children)) // len(trace.children)).text()
+
+    def _token_budget(self, text: str) -> str:
+        """Tokens of the text, rounded up to a whole bin."""
+        if not self.options.budgets:
+            return ""
+        return Budget("Token Budget", TOKEN_BIN * -(-len(self._own_tokenizer.encode(text)) // TOKEN_BIN)).text()
+
+    @cached_property
+    def _own_tokenizer(self) -> CountdownTokenizer:
+        return build_tokenizer()
 
     def verify(self, problem: Problem, text: str) -> Verdict:
         """Strict replay of the answer."""
