@@ -24,9 +24,9 @@ Rate = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A part of the tree: unknown keys are errors, values do not change."""
+    """A part of the tree: unknown keys are errors, values do not change, the text under a field is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class TaskConfig(Section):
@@ -42,15 +42,23 @@ class ModelConfig(Section):
     """A Llama-2 architecture (paper section 4.1); the defaults are `apr-tiny`."""
 
     hidden_size: Positive = 128
+    """Width of the residual stream."""
     layers: Positive = 4
+    """Transformer blocks."""
     heads: Positive = 4
+    """Attention heads."""
     kv_heads: Positive | None = None
     """Key/value heads; as many as `heads` where not given."""
     ffn_size: Positive = 344
+    """Width of the gated feed-forward layer."""
     context_tokens: Positive = 1024
+    """Longest sequence, prompt and output together."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
     initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
     tied_embeddings: bool = True
+    """Whether the output layer is the embedding table."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -71,13 +79,16 @@ class DataConfig(Section):
     max_sequence_tokens: Positive = 1024
     """Longer demonstrations are dropped, whole trees at a time, and counted."""
     workers: Positive = 2
+    """Ray tasks that solve side by side."""
 
 
 class LearnerConfig(Section):
     """The DeepSpeed learner group."""
 
     ranks: Positive = 1
+    """Learner processes."""
     zero_stage: Literal[0, 2] = 0
+    """DeepSpeed ZeRO stage: 2 shards gradients and optimiser over the ranks."""
     micro_batch_tokens: Positive = 4096
     """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
     cpus_per_rank: Rate = 0.5
@@ -88,13 +99,19 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: PositiveFloat
+    """Peak."""
     warmup_steps: Count = 0
+    """Steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls after warm-up, over the progress of training."""
     final_fraction: Fraction = 0.0
     """Learning rate at the end over its peak."""
     weight_decay: Rate = 0.01
+    """Decoupled, of all parameters."""
     beta1: Fraction = 0.9
+    """Decay of the first moment."""
     beta2: Fraction = 0.95
+    """Decay of the second moment."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
 
@@ -119,7 +136,9 @@ class SftConfig(Section):
     eval_every: Positive = 5000
     """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 500
+    """Steps between checkpoints."""
     log_every: Positive = 20
+    """Steps between lines of metrics."""
 
 
 class GrpoConfig(Section):
@@ -127,32 +146,44 @@ class GrpoConfig(Section):
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     steps: Positive = 150
+    """Rollout phases in all."""
     max_minutes: PositiveFloat | None = None
     """Ends training by the clock, at the end of a step."""
     problems_per_step: Positive = 64
+    """Groups per step."""
     group_size: Annotated[int, Field(ge=2)] = 5
+    """Trees per problem, over which advantages are normalised."""
     inner_steps: Positive = 2
     """Optimiser steps on each batch of rollouts."""
     clip: PositiveFloat = 0.2
+    """PPO's clip range on the ratio."""
     kl_coefficient: Rate = 0.001
+    """Weight of the k3 penalty against the initial policy; 0 leaves it out."""
     temperature: PositiveFloat = 1.0
+    """At which trees are sampled, and logprobs taken."""
     max_staleness: Count = 0
     """A tree drawn under weights older than this many versions is not used."""
     eval_every: Positive = 10
+    """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 10
+    """Steps between checkpoints."""
 
 
 class BoundsConfig(Section):
     """Bounds of one tree (contract 5); hitting one is a recorded outcome."""
 
     max_depth: Count = 1
+    """Levels of children; 0 forbids spawning."""
     max_children: Positive = 16
     """Children per spawn."""
     max_rounds: Positive = 8
     """Spawn rounds per thread."""
     max_call_tokens: Positive = 1024
+    """Sampled tokens of one call."""
     max_tree_tokens: Positive = 16_384
+    """Sampled tokens of all threads of a tree."""
     max_seconds: PositiveFloat = 300.0
+    """Wall time of a tree."""
     cancel_on_success: bool = False
     """Abort the siblings of a child that solved; they join as "Cancelled"."""
 
@@ -161,8 +192,11 @@ class EngineConfig(Section):
     """The inference engine of each rollout worker."""
 
     name: Literal["torch", "sglang", "vllm"] = "torch"
+    """Which engine; `torch` is the embedded one."""
     max_sequences: Positive = 64
+    """Requests that decode side by side; more wait."""
     cache_slots: Count = 64
+    """Ended requests whose KV is kept for reuse."""
     context_tokens: Positive | None = None
     """Defaults to the model's."""
     stream_interval: Positive = 16
@@ -172,10 +206,12 @@ class EngineConfig(Section):
 class RolloutConfig(Section):
     """The pool of rollout workers."""
 
-    workers: Annotated[int, Field(ge=1, description="a pool needs a worker")] = 2
+    workers: Annotated[int, Field(ge=1)] = 2
+    """Rollout actors, one engine each."""
     concurrent_trees: Positive = 64
     """Trees each worker runs at the same time."""
     cpus_per_worker: Rate = 0.5
+    """Ray CPUs reserved per worker."""
     budget: Positive | None = None
     """Condition every root prompt on this budget (paper section 4.2: children per round for APR, tokens for SoS+). The
     policy must have seen such prefixes: `task.options.budgets`."""
@@ -194,11 +230,15 @@ class EvalConfig(Section):
     """Evaluation on held-out problems."""
 
     problems: Positive = 500
+    """Held-out problems of a full evaluation."""
     samples: Positive = 1
     """Trees per problem at temperature > 0."""
     temperatures: tuple[Rate, ...] = (0.0, 1.0)
+    """Sampling temperatures of a full evaluation; 0 is greedy."""
     split: Literal["heldout", "heldout_targets"] = "heldout"
+    """Held out by (multiset, target), or by target."""
     during_training_problems: Positive = 100
+    """Held-out problems of an evaluation during training, greedy."""
     traced_trees: Count = 3
     """Trees per evaluation that go to the tracker as traces."""
 
@@ -207,18 +247,22 @@ class TrackingConfig(Section):
     """Where metrics go."""
 
     tracker: Literal["mlflow", "console", "none"] = "mlflow"
+    """Which tracker."""
     uri: str | None = None
     """MLflow tracking URI; a SQLite file under `run.root` by default."""
     experiment: str = "apr-ray"
+    """MLflow experiment."""
 
 
 class RunConfig(Section):
     """Names, places and seeds."""
 
     root: str = "runs"
+    """Folder that holds all runs and the MLflow database."""
     name: str | None = None
     """Folder under `root`; made from the command and the time where not given."""
     seed: int = 0
+    """Decides problems, demonstrations, initial weights and every draw."""
 
 
 class RayConfig(Section):

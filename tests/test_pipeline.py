@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.grpo import fresh_groups, group, sample_trees, train_grpo
 from apr_ray.training.quickstart import run_quickstart
 from apr_ray.training.run_dir import RunDir
+from apr_ray.training.sft import train_sft
+from apr_ray.training.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 QUIET = ProgressBars(quiet=True)
@@ -55,6 +58,39 @@ def test_every_phase_leaves_its_policy_and_only_known_metrics(finished: RunDir) 
         assert row["sync/delta_logprob_mean"] < 1e-4
         assert row.get("train/delta_logprob_mean", 0) < 1e-4
         assert {"train/kl", "train/entropy", "train/clip_fraction", "time/learn_s", "rollout/children"} <= row.keys()
+
+
+def test_supervised_training_is_evaluated_and_its_best_policy_kept(finished: RunDir) -> None:
+    rows = RunDir(finished.path / "sft", finished.config).metrics()
+    assert [r["step"] for r in rows if "eval/greedy/accuracy" in r] == [6]
+    assert (finished.path / "sft" / "best" / "model.safetensors").is_file()
+
+
+def test_a_killed_supervised_run_goes_on_from_its_checkpoint(
+    finished: RunDir, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut after step 10, resumed from step 8: the policy of the unbroken run, bit for bit."""
+    config = with_run(small_config, tmp_path, "s")
+    run = RunDir.create(config, "sft")
+    log = Watch.log
+
+    def cut(watch: Watch, metrics: Mapping[str, float], step: int) -> None:
+        log(watch, metrics, step)
+        if step == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "log", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(config, run, finished.path / "data", QUIET)
+    monkeypatch.undo()
+    found = run.latest()
+    assert found is not None
+    assert found[1].step == 8
+    policy = train_sft(config, run, finished.path / "data", QUIET)
+    unbroken = finished.path / "sft" / "final"
+    assert (policy / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    steps = [r["step"] for r in run.metrics() if "sft/loss" in r]
+    assert steps == sorted(set(steps))
 
 
 def test_weights_went_back_to_the_engines(finished: RunDir) -> None:

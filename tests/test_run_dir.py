@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import errno
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from apr_ray.cli import explain
 from apr_ray.config import Config, load_config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.training.run_dir import LoopState, RunDir, find_policy
@@ -34,21 +37,34 @@ def test_the_newest_checkpoint_is_found_with_a_new_incarnation(tmp_path: Path) -
     assert len(list((run.path / "checkpoints").iterdir())) == 2, "old checkpoints are removed"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
-    run = run_in(tmp_path)
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk: Path) -> None:
+    run = run_in(small_disk)
     write(run, 1)
 
-    def full() -> None:
+    def fill() -> None:
         with run.checkpoint(LoopState(step=2)) as folder:
-            (folder / "half").write_text("x")
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "half"))
+            (folder / "model.safetensors").write_bytes(bytes(2 << 20))
 
-    with pytest.raises(OSError, match="No space"):
-        full()
+    with pytest.raises(OSError, match="No space left") as caught:
+        fill()
+    assert "the disk is full" in str(explain(caught.value))
     found = run.latest()
     assert found is not None
     assert found[1].step == 1
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000001"], "the half checkpoint is gone"
+    write(run, 2)
 
 
 def test_a_changed_config_is_refused_by_naming_the_difference(tmp_path: Path) -> None:
