@@ -128,6 +128,8 @@ class SftConfig(Section):
     """Ends training by the clock; the schedule then follows the clock too."""
     child_first_fraction: Fraction = 0.2
     """First share of training in which only children's short sequences are shown (curriculum)."""
+    child_share: Fraction = 1.0
+    """Share of the children's sequences shown after that, drawn anew each epoch: a tree has several, much alike."""
     mask_prompt: bool = False
     """False trains on all tokens, as the paper does."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -214,6 +214,7 @@ class SftSampler:
     shown: short texts in which the model learns the format and the arithmetic first.
 
     Args:
+        child_share: share of the children's sequences in the phase "all".
         position: batches already taken, per phase ("child", "all").
     """
 
@@ -226,12 +227,14 @@ class SftSampler:
         *,
         mask_prompt: bool,
         seed: int,
+        child_share: float = 1.0,
         position: dict[str, int] | None = None,
     ) -> None:
         self.data = data
         self.batch_tokens = batch_tokens
         self.mask_prompt = mask_prompt
         self.seed = seed
+        self.child_share = child_share
         self.position = {"child": 0, "all": 0} | (position or {})
         self._streams: dict[str, Iterator[np.ndarray[Any, Any]]] = {}
 
@@ -249,12 +252,12 @@ class SftSampler:
         return sft_batch(sequences, mask_prompt=self.mask_prompt)
 
     def _batches(self, phase: str) -> Iterator[np.ndarray[Any, Any]]:
-        pool = np.flatnonzero(self.data.child) if phase == "child" else np.arange(len(self.data))
-        lengths = self.data.lengths
+        child, lengths = self.data.child, self.data.lengths
         epoch = 0
         while True:
             rng = np.random.default_rng([self.seed, epoch, phase == "child"])
-            order = rng.permutation(pool)
+            shown = child if phase == "child" else ~child | (rng.random(len(child)) < self.child_share)
+            order = rng.permutation(np.flatnonzero(shown))
             for start in range(0, len(order), self.WINDOW):
                 window = order[start : start + self.WINDOW]
                 window = window[np.argsort(lengths[window], kind="stable")]

@@ -32,7 +32,12 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     found = run.latest()
     state = found[1] if found else LoopState()
     sampler = SftSampler(
-        data, sft.batch_tokens, mask_prompt=sft.mask_prompt, seed=config.run.seed, position=state.position
+        data,
+        sft.batch_tokens,
+        mask_prompt=sft.mask_prompt,
+        seed=config.run.seed,
+        child_share=sft.child_share,
+        position=state.position,
     )
     run.truncate_metrics(state.step)
     evaluation = config.evaluation
