@@ -77,7 +77,10 @@ class LearnerConfig(Section):
     """The DeepSpeed learner group."""
 
     ranks: Positive = 1
-    zero_stage: Literal[0, 2] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ranks share instead of each holding it whole: 1 optimiser state, 2 gradients too, 3 parameters too."""
+    zero3_whole_parameters: Count = 100_000
+    """At stage 3 a parameter of at most so many numbers stays whole on every rank: gathering it costs more."""
     micro_batch_tokens: Positive = 4096
     """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
     cpus_per_rank: Rate = 0.5
@@ -162,6 +165,8 @@ class EngineConfig(Section):
     """Defaults to the model's."""
     stream_interval: Positive = 16
     """Tokens per streamed chunk."""
+    deterministic: bool = False
+    """A request's tokens and logprobs do not depend, to the last bit, on what else is in the batch (torch only)."""
 
 
 class RolloutConfig(Section):
