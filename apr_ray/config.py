@@ -138,6 +138,9 @@ class GrpoConfig(Section):
     """A tree drawn under weights older than this many versions is not used."""
     eval_every: Positive = 10
     save_every: Positive = 10
+    keep_batches: Literal["off", "last", "every"] = "last"
+    """Batches kept for `apr-ray audit`, with the policy that drew them: of the steps that begin from a checkpoint, as
+    that policy lies on disk anyway; the last of them, or every one."""
 
 
 class BoundsConfig(Section):
