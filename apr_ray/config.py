@@ -33,7 +33,7 @@ class TaskConfig(Section):
     """Which task, and its own options."""
 
     name: str = "countdown"
-    """Found among the entry points `apr_ray.tasks`."""
+    """Found among the entry points `apr_ray.tasks`, or imported as `module:Class`."""
     options: dict[str, Any] = {}
     """Typed and checked by the task."""
 

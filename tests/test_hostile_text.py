@@ -202,7 +202,10 @@ def check_protocol(ids: list[int]) -> None:
 
 def reply_to(request: GenerateRequest, rng: random.Random, mutations: int) -> Reply:
     """What a hostile model writes: a mutated trace after its root state, often with a spawn, at times endless."""
-    text = hostile(rng, rng.randrange(mutations + 1))
+    if rng.random() < 0.3:  # what solves nothing joins as nothing
+        text = rng.choice([one for one in pool() if extract_answer(one)])
+    else:
+        text = hostile(rng, rng.randrange(mutations + 1))
     text = "\n" + (text.partition("]\n")[2] or text)
     text = spawn(text, rng) if rng.random() < 0.5 else text
     ids = [*token_ids(text, rng), TOKENIZER.eos_id]
