@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv quickstart test lint bench clean
+.PHONY: venv quickstart test test-slow lint bench clean
 
 venv: $(READY)
 
@@ -20,7 +20,10 @@ quickstart: venv
 	$(BIN)/apr-ray quickstart
 
 test: venv
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+test-slow: venv
+	$(BIN)/pytest -m slow
 
 lint: venv
 	$(BIN)/ruff check .

@@ -227,6 +227,22 @@ def trace(
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="A GRPO run's folder.")],
+    step: Annotated[int, typer.Argument(help="A step whose batch was kept (grpo.keep_batches).")],
+    tolerance: Annotated[float, typer.Option(help="Largest difference per logprob, in nats.")] = 1e-3,
+) -> None:
+    """Check one training batch: logprobs, versions, dispositions and loss, all computed again from the trees."""
+    from apr_ray.evaluation.audit import audit_batch
+    from apr_ray.evaluation.kept_batch import find_batch, read_batch
+
+    report = audit_batch(read_batch(find_batch(run, step)), tolerance)
+    _table(f"audit of step {step} of {_short(run)}", ("check", "found", "claimed", ""), report.rows())
+    if not report.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
 def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz files.")]) -> None:
     """Check a folder of traces, joins and verdicts against the grammar, the tokenizer and the verifier."""
     from apr_ray.tasks.countdown.vectors import check_folder

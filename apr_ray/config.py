@@ -33,7 +33,7 @@ class TaskConfig(Section):
     """Which task, and its own options."""
 
     name: str = "countdown"
-    """Found among the entry points `apr_ray.tasks`."""
+    """Found among the entry points `apr_ray.tasks`, or imported as `module:Class`."""
     options: dict[str, Any] = {}
     """Typed and checked by the task."""
 
@@ -87,8 +87,10 @@ class LearnerConfig(Section):
 
     ranks: Positive = 1
     """Learner processes."""
-    zero_stage: Literal[0, 2] = 0
-    """DeepSpeed ZeRO stage: 2 shards gradients and optimiser over the ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ranks share instead of each holding it whole: 1 optimiser state, 2 gradients too, 3 parameters too."""
+    zero3_whole_parameters: Count = 100_000
+    """At stage 3 a parameter of at most so many numbers stays whole on every rank: gathering it costs more."""
     micro_batch_tokens: Positive = 4096
     """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
     cpus_per_rank: Rate = 0.5
@@ -169,6 +171,9 @@ class GrpoConfig(Section):
     """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 10
     """Steps between checkpoints."""
+    keep_batches: Literal["off", "last", "every"] = "last"
+    """Batches kept for `apr-ray audit`, with the policy that drew them: of the steps that begin from a checkpoint, as
+    that policy lies on disk anyway; the last of them, or every one."""
 
 
 class BoundsConfig(Section):
@@ -203,6 +208,8 @@ class EngineConfig(Section):
     """Defaults to the model's."""
     stream_interval: Positive = 16
     """Tokens per streamed chunk."""
+    deterministic: bool = False
+    """A request's tokens and logprobs do not depend, to the last bit, on what else is in the batch (torch only)."""
 
 
 class RolloutConfig(Section):

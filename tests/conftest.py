@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = os.pathsep.join(  # Ray's workers import the second task from here
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
 
 from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask

@@ -221,6 +221,73 @@ def test_the_context_ends_a_call(checkpoint: Path) -> None:
     assert chunks[-1].finish is FinishReason.LENGTH
 
 
+# --- deterministic mode -----------------------------------------------------------------------------------------------
+
+
+def bits_of(chunks: Sequence[Chunk]) -> tuple[list[int], list[float]]:
+    return ids_of(chunks), logprobs_of(chunks)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.data())
+def test_in_deterministic_mode_company_order_and_cache_change_no_bit(checkpoint: Path, data: st.DataObject) -> None:
+    """Contract 7 at the engine: the same request alone, in a crowd that comes and goes, in another order, after others
+    that left their prefixes, on an engine with fewer cache slots."""
+    shared = data.draw(st.lists(st.integers(2, VOCAB - 1), min_size=5, max_size=12))
+    prompts = data.draw(st.lists(st.lists(st.integers(2, VOCAB - 1), min_size=1, max_size=30), min_size=9, max_size=14))
+    asked = [
+        request(
+            f"r{i}",
+            (shared if i % 2 else []) + prompt,
+            data.draw(st.integers(1, 20)),
+            data.draw(st.sampled_from([1.0, 0.6, 0.0])),
+            seed=i,
+            top_k=data.draw(st.sampled_from([0, 0, 5])),
+            top_p=data.draw(st.sampled_from([1.0, 1.0, 0.9])),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    engine = engine_of(checkpoint, deterministic=True)
+    first = dict(zip([a.request_id for a in asked], map(bits_of, run_all(engine, asked)), strict=True))
+    order = data.draw(st.permutations(asked))
+    renamed = [replace(a, request_id=f"again-{a.request_id}", priority=i % 3) for i, a in enumerate(order)]
+    for a, chunks in zip(order, run_all(engine, renamed), strict=True):
+        assert bits_of(chunks) == first[a.request_id], "a second time, with prefixes cached"
+    assert engine.stats().cached_tokens > 0
+    other = engine_of(checkpoint, deterministic=True, cache_slots=0)
+    for a, chunks in zip(order, run_all(other, order), strict=True):
+        assert bits_of(chunks) == first[a.request_id], "in another order, without a cache"
+    (alone,) = run_all(other, [order[0]])
+    assert bits_of(alone) == first[order[0].request_id]
+
+
+def test_deterministic_mode_draws_from_the_same_policy(checkpoint: Path, policy: Any) -> None:
+    engine = engine_of(checkpoint, deterministic=True)
+    assert engine.capabilities.deterministic
+    assert not engine_of(checkpoint).capabilities.deterministic
+    asked = [request(f"r{i}", range(2, 4 + 3 * i), 12, 1.0, seed=i) for i in range(8)]
+    for a, chunks in zip(asked, run_all(engine, asked), strict=True):
+        expected = reference(policy, a.prompt_ids, ids_of(chunks), 1.0)
+        np.testing.assert_allclose(logprobs_of(chunks), expected, atol=1e-4)
+
+
+def test_deterministic_mode_refuses_a_machine_whose_rows_differ(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apr_ray.engines.torch_engine.decoder import Decoder
+
+    right = Decoder.forward_fixed
+
+    def wrong(self: Decoder, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        logits = right(self, tokens, start).clone()
+        logits[-1] *= 1 + 2**-23
+        return logits
+
+    monkeypatch.setattr(Decoder, "forward_fixed", wrong)
+    with pytest.raises(AprError, match="not computed alike"):
+        engine_of(checkpoint, deterministic=True)
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,5 +18,6 @@ def build_engine(config: EngineConfig, checkpoint: str) -> Engine:
             cache_slots=config.cache_slots,
             context_tokens=config.context_tokens,
             stream_interval=config.stream_interval,
+            deterministic=config.deterministic,
         )
     raise AprError(f"engine {config.name!r} is not part of this version", "Use engine.name=torch, the embedded engine")

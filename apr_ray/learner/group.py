@@ -66,15 +66,18 @@ class LearnerActor:
         return self.trainer.logprobs(sequences, temperature)
 
     def weights(self, version: WeightVersion) -> Any:
-        return self.trainer.weights(version)
+        """Rank 0's are sent; the others only take part in gathering them."""
+        update = self.trainer.weights(version)
+        return update if self.rank == 0 else None
 
     def save(self, directory: str) -> None:
         """Rank 0 writes the policy in Hugging Face form, every rank its part of the optimiser."""
         from apr_ray.model.llama import save_policy
 
         self.trainer.save(Path(directory) / "optimizer")
-        if self.rank == 0:
-            save_policy(self.trainer.policy, self.tokenizer, self.config.task, Path(directory) / "policy")
+        with self.trainer.whole_policy() as policy:
+            if self.rank == 0:
+                save_policy(policy, self.tokenizer, self.config.task, Path(directory) / "policy")
 
     def load(self, directory: str) -> None:
         self.trainer.load(Path(directory) / "optimizer")
@@ -86,9 +89,10 @@ class LearnerGroup:
     Every method sends the same call to every rank and waits for all; a rank that dies raises Ray's actor error.
     """
 
-    def __init__(self, actors: Sequence[Any], parameters: int) -> None:
+    def __init__(self, actors: Sequence[Any], parameters: int, zero_stage: int) -> None:
         self.actors = list(actors)
         self.parameters = parameters
+        self.zero_stage = zero_stage
 
     @classmethod
     def start(cls, config: Config, optimizer: OptimizerConfig, init_from: str | None = None) -> LearnerGroup:
@@ -101,7 +105,7 @@ class LearnerGroup:
         ]
         address, port = ray.get(actors[0].address.remote())
         counts = ray.get([actor.start.remote(address, port) for actor in actors])
-        return cls(actors, counts[0])
+        return cls(actors, counts[0], learner.zero_stage)
 
     def submit_sft_step(self, batch: TrainBatch, learning_rate: float) -> list[Any]:
         """Start a step; give the result to `finish_sft_step`. Steps run in the order they were submitted."""
@@ -124,12 +128,19 @@ class LearnerGroup:
 
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
         """Logprobs of whole sequences under the present weights, from rank 0."""
-        result: list[np.ndarray[Any, Any]] = ray.get(self.actors[0].logprobs.remote(sequences, temperature))
+        result: list[np.ndarray[Any, Any]] = ray.get(
+            [actor.logprobs.remote(sequences, temperature) for actor in self._needed()]
+        )[0]
         return result
+
+    def _needed(self) -> list[Any]:
+        """The ranks without which rank 0 cannot read the weights: all of them where they share the parameters."""
+        return self.actors if self.zero_stage == 3 else self.actors[:1]
 
     def weights(self, version: WeightVersion) -> Any:
         """An object reference to the present weights as `version`."""
-        return self.actors[0].weights.remote(version)
+        references = [actor.weights.remote(version) for actor in self._needed()]
+        return references[0]
 
     def save(self, directory: Path) -> None:
         """Write `policy/` and `optimizer/` under a folder."""

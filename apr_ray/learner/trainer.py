@@ -8,9 +8,9 @@ gradients over ranks, so each rank's loss is multiplied by the number of ranks.
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,17 +115,34 @@ class Trainer:
                 "gradient_accumulation_steps": 1,
                 "managed_gradient_accumulation": False,  # micro-batches per step vary; `step` is the boundary
                 "gradient_clipping": optimizer.grad_clip if self.zero else 0.0,
-                "zero_optimization": {"stage": self.zero},
+                "zero_optimization": self._zero_options(),
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
             },
         )
         self.reference: Any = None
 
+    def _zero_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"stage": self.zero}
+        if self.zero == 3:
+            options["stage3_param_persistence_threshold"] = self.learner.zero3_whole_parameters
+        return options
+
     @property
     def policy(self) -> Any:
-        """The module that is trained."""
+        """The module that is trained. Its parameters are whole only inside `whole_policy`."""
         return self.engine.module
+
+    @contextmanager
+    def whole_policy(self) -> Iterator[Any]:
+        """The policy with every parameter whole, to read. At ZeRO stage 3 ranks gather them, so all must enter."""
+        if self.zero < 3:
+            yield self.policy
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
+            yield self.policy
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -190,7 +207,10 @@ class Trainer:
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
-        """Logprob of every token given those before it, 0 for the first: one float32 array per sequence."""
+        """Logprob of every token given those before it, 0 for the first: one float32 array per sequence.
+
+        At ZeRO stage 3 all ranks must call it, with the same sequences.
+        """
         out = []
         for ids in sequences:
             tokens = torch.tensor([list(ids)], dtype=torch.int64)
@@ -222,9 +242,21 @@ class Trainer:
     # --- reference, weights, checkpoints ----------------------------------------------------------------------------
 
     def freeze_reference(self, checkpoint: str | None = None) -> None:
-        """Keep a checkpoint's policy, or a copy of the present one, as the reference of the KL term."""
-        policy = load_policy(checkpoint) if checkpoint else copy.deepcopy(self.policy)
+        """Keep a checkpoint's policy, or a copy of the present one, as the reference of the KL term.
+
+        Every rank holds it whole, at any ZeRO stage; without a checkpoint all ranks must call it.
+        """
+        policy = load_policy(checkpoint) if checkpoint else self._copy()
         self.reference = policy.requires_grad_(False)
+
+    @torch.no_grad()
+    def _copy(self) -> Any:
+        """A plain module with the present weights: DeepSpeed's own, with its hooks and parts, cannot be copied."""
+        copy = type(self.policy)(self.policy.config)
+        with self.whole_policy() as policy:
+            for (_, into), (_, source) in zip(trainable_parameters(copy), trainable_parameters(policy), strict=True):
+                into.copy_(source)
+        return copy
 
     @torch.no_grad()
     def reference_logprobs(self, rows: _Rows, temperature: float) -> torch.Tensor:
@@ -233,8 +265,9 @@ class Trainer:
         return token_logprobs(logits, rows.tokens, temperature)
 
     def weights(self, version: WeightVersion) -> WeightUpdate:
-        """All parameters as one buffer. Up to ZeRO stage 2 every rank holds them whole."""
-        return pack_weights(trainable_parameters(self.policy), version)
+        """All parameters as one buffer. At ZeRO stage 3 all ranks must call it."""
+        with self.whole_policy() as policy:
+            return pack_weights(trainable_parameters(policy), version)
 
     def save(self, directory: Path) -> None:
         """Optimiser and weights of every rank; all ranks must call it."""

@@ -34,17 +34,22 @@ class PolicyLoss:
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Logprob of each token given those before it: [b, t] from logits [b, t, v]; 0 at the first position.
 
-    Computed in float32 whatever the logits are.
+    Computed in float32, or in float64 where the logits are.
     """
-    scaled = logits[:, :-1].float() / temperature
+    scaled = _precise(logits[:, :-1]) / temperature
     picked = scaled.gather(-1, tokens[:, 1:, None])[..., 0] - scaled.logsumexp(dim=-1)
     return torch.nn.functional.pad(picked, (1, 0))
 
 
 def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Entropy in nats of the distribution that each token was drawn from: [b, t]; 0 at the first position."""
-    logprobs = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
+    logprobs = torch.log_softmax(_precise(logits[:, :-1]) / temperature, dim=-1)
     return torch.nn.functional.pad(-(logprobs.exp() * logprobs).sum(dim=-1), (1, 0))
+
+
+def _precise(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: a bfloat16 logprob has three digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def sft_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

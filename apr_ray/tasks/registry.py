@@ -1,9 +1,11 @@
-"""Finding tasks: by entry point, so that a second task is a new package and no change here."""
+"""Finding tasks: by entry point, so that a second task is a new package and no change here; or, while it is being
+written, as `module:Class`."""
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import entry_points
-from typing import cast
+from typing import Any, cast
 
 from apr_ray.config import TaskConfig, parse_options
 from apr_ray.core.errors import ConfigError
@@ -17,11 +19,29 @@ def load_task(config: TaskConfig) -> Task:
 
     A task class has `options_type`, a dataclass, and is built from an instance of it.
     """
-    found = {point.name: point for point in entry_points(group=GROUP)}
-    if config.name not in found:
-        raise ConfigError(
-            f"unknown task {config.name!r}",
-            f"Installed tasks: {', '.join(sorted(found)) or 'none'}; a package adds one by an entry point {GROUP!r}",
-        )
-    task_class = found[config.name].load()
+    task_class = _import(config.name) if ":" in config.name else _installed(config.name)
+    if not hasattr(task_class, "options_type"):
+        raise ConfigError(f"{config.name!r} is no task class: it has no options_type", "Give it a dataclass of options")
     return cast(Task, task_class(parse_options(task_class.options_type, config.options, "task.options")))
+
+
+def _installed(name: str) -> Any:
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in found:
+        raise ConfigError(
+            f"unknown task {name!r}",
+            f"Installed tasks: {', '.join(sorted(found)) or 'none'}; a package adds one by an entry point {GROUP!r},"
+            " a module on PYTHONPATH is named as module:Class",
+        )
+    return found[name].load()
+
+
+def _import(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"task {name!r}: no module {error.name!r}", "Put its folder on PYTHONPATH") from error
+    if not hasattr(found, attribute):
+        raise ConfigError(f"task {name!r}: {module} has no class {attribute!r}", "Check the spelling")
+    return getattr(found, attribute)

@@ -19,6 +19,7 @@ from apr_ray.core.errors import MismatchError
 from apr_ray.core.ledger import Group, Problem, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import tree_seed
+from apr_ray.evaluation.kept_batch import KeptStep, Reported, keep_batch
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats
 from apr_ray.metrics.trees import failure_reasons, staleness, tree_metrics
@@ -42,6 +43,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
     found = run.latest()
     state = found[1] if found else LoopState()
     start = found[0] / "policy" if found else policy
+    on_disk: Path | None = start  # the learners' present weights, where a checkpoint holds them
     run.truncate_metrics(state.step)
     train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
     heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
@@ -79,6 +81,9 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 rate = learning_rate(grpo.optimizer, state.step, done())
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
                 times.append(time.perf_counter())
+                if on_disk and grpo.keep_batches != "off":
+                    what = kept_step(config, state.step + 1, version, made, stats, str(policy))
+                    keep_batch(run.path, what, trees, on_disk, only_newest=grpo.keep_batches == "last")
                 if stats and stats[0].delta_sum > config.weights.mismatch_tolerance * stats[0].tokens:
                     raise MismatchError(
                         f"step {state.step}: engines and learners differ by {stats[0].delta_sum / stats[0].tokens:.2e}"
@@ -101,13 +106,16 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
                 bar.update(min(1.0, done()), note)
                 last = done() >= 1
+                on_disk = None
                 due = state.step % grpo.eval_every == 0 and not last
                 improved = due and watch.quick_evaluation(pool, reward, state)
                 if improved or last or state.step % grpo.save_every == 0:
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
+                    checkpoint = run.path / "checkpoints" / f"step-{state.step:06d}"
+                    on_disk = checkpoint / "policy"
                     if improved:
-                        run.keep_policy(run.path / "checkpoints" / f"step-{state.step:06d}", "best")
+                        run.keep_policy(checkpoint, "best")
         watch.full_evaluation(pool, reward, state.step)
         for part in (learners, pool, reward):
             part.stop()
@@ -149,6 +157,33 @@ def fresh_groups(
         )
         (fresh if recent else stale).append(one)
     return fresh, stale
+
+
+def kept_step(
+    config: Config, step: int, version: WeightVersion, made: GrpoBatch, stats: Sequence[StepStats], reference: str
+) -> KeptStep:
+    """A step as `apr-ray audit` will want to know it."""
+    grpo, first = config.grpo, stats[0] if stats else None
+    return KeptStep(
+        step=step,
+        version=str(version),
+        group_size=grpo.group_size,
+        clip=grpo.clip,
+        kl_coefficient=grpo.kl_coefficient,
+        temperature=grpo.temperature,
+        max_staleness=grpo.max_staleness,
+        reference=reference if grpo.kl_coefficient else "",
+        dispositions={disposition.value: n for disposition, n in made.dispositions.items()},
+        reported=first
+        and Reported(
+            first.loss,
+            first.kl,
+            first.grad_norm,
+            first.tokens,
+            first.delta_sum / max(1, first.tokens),
+            first.delta_max,
+        ),
+    )
 
 
 def step_metrics(

@@ -3,6 +3,7 @@
 runs/NAME/config.yaml             the whole configuration
          metrics.jsonl            one line a step, as logged
          eval/step-000010-greedy.jsonl    the trees of an evaluation
+         batches/step-000011/     a training batch, for `apr-ray audit`
          checkpoints/step-000010/{policy,optimizer,state.json}
          best/                    the policy with the best held-out accuracy
          final/                   the policy at the end

@@ -174,6 +174,51 @@ class Decoder:
         last = x[torch.arange(n, device=self.device), count - 1] if width > 1 else x[:, 0]
         return F.linear(F.rms_norm(last, (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
 
+    @torch.inference_mode()
+    def forward_fixed(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Append one token to each of the first rows, so that a row's bits do not depend on the other rows'.
+
+        Every matrix product has the shape that the number of rows gives it, which the caller keeps the same; attention
+        goes row by row over the row's own positions. A token's KV is then a function of the tokens before it alone,
+        whether it was part of a prompt, sampled, or copied from another slot.
+
+        Args:
+            tokens: int64 [n]; the next token of rows 0..n-1.
+            start: int64 [n]; tokens already in each.
+
+        Returns:
+            float32 [n, vocab].
+        """
+        shape = self.shape
+        n = tokens.shape[0]
+        heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
+        cos, sin = self.cos[start][:, None, None], self.sin[start][:, None, None]
+        rows = self.positions[:n]
+        ends = [at + 1 for at in start.tolist()]
+        x = self.embed[tokens]
+        for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
+            projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
+            q, k, v = projected.view(n, heads + 2 * kv_heads, 1, size).split((heads, kv_heads, kv_heads), dim=1)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            keys, values = self.keys[layer], self.values[layer]
+            keys[rows, :, start] = k[:, :, 0]
+            values[rows, :, start] = v[:, :, 0]
+            attended = torch.cat(
+                [
+                    F.scaled_dot_product_attention(
+                        q[i : i + 1],
+                        keys[i : i + 1, :, :end],
+                        values[i : i + 1, :, :end],
+                        enable_gqa=heads != kv_heads,
+                    )
+                    for i, end in enumerate(ends)
+                ]
+            )
+            x = x + F.linear(attended.reshape(n, heads * size), out)
+            gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
+
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding; x is [n, heads, t, size], cos and sin [n, 1, t, size / 2]."""

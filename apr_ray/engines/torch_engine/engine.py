@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
+from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape
@@ -30,6 +30,9 @@ from apr_ray.model.state import check_update, trainable_parameters
 FIRST_VERSION = WeightVersion(0, 0)
 MIN_REUSED_TOKENS = 4
 """A shorter common prefix is cheaper to compute again than to copy."""
+PROBED_TOKENS = 16
+IDLE = SamplingParams()
+"""Of rows that do not sample in a step: their draw is thrown away."""
 
 
 @dataclass(eq=False)
@@ -60,9 +63,14 @@ class TorchEngine:
         cache_slots: ended requests whose KV is kept for reuse.
         context_tokens: prompt and sampled tokens of one request together; the model's own limit by default.
         stream_interval: tokens per chunk; the end of a request always comes at once.
-    """
+        deterministic: a request's tokens and logprobs do not depend, to the last bit, on what else is in the batch, on
+            its row, or on what was cached. Every step computes `max_sequences` rows by one token, prompts included, and
+            attends row by row (see `Decoder.forward_fixed`).
 
-    capabilities = Capabilities(seeds=True, deterministic=False, in_flight_update=True, priorities=True)
+    Raises:
+        AprError: the context does not fit the model; or `deterministic` is asked for where this machine's matrix
+            products treat rows differently.
+    """
 
     def __init__(
         self,
@@ -75,6 +83,7 @@ class TorchEngine:
         context_tokens: int | None = None,
         stream_interval: int = 16,
         device: str = "cpu",
+        deterministic: bool = False,
     ) -> None:
         if context_tokens is not None and context_tokens > shape.context:
             raise AprError(
@@ -99,6 +108,11 @@ class TorchEngine:
         self._loop_task: asyncio.Task[None] | None = None
         self._clock = 0
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "sampled_tokens", "steps"), 0)
+        self.capabilities = Capabilities(
+            seeds=True, deterministic=deterministic, in_flight_update=True, priorities=True
+        )
+        if deterministic:
+            self._require_equal_rows()
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str | Path, **options: Any) -> TorchEngine:
@@ -198,7 +212,9 @@ class TorchEngine:
         self._counts["steps"] += 1
         n = len(self.active)
         missing = self.lengths[:n] - self.kv_lengths[:n]
-        if (missing > 1).any():
+        if self.capabilities.deterministic:
+            self._advance_fixed(missing)
+        elif (missing > 1).any():
             rows = np.flatnonzero(missing > 1)
             self._advance(rows, torch.from_numpy(rows), missing[rows])
         else:
@@ -214,11 +230,55 @@ class TorchEngine:
             index, torch.from_numpy(tokens), torch.from_numpy(start), torch.from_numpy(np.asarray(count))
         )
         self.kv_lengths[rows] = self.lengths[rows]
+        self._draw(rows, logits)
+
+    def _advance_fixed(self, missing: np.ndarray[Any, Any]) -> None:
+        """One token of KV for every row, idle ones included; rows whose KV is complete then sample."""
+        start = np.minimum(self.kv_lengths[: self.max_sequences], self.context_tokens - 1)
+        tokens = self.tokens[np.arange(self.max_sequences), start]
+        logits = self.decoder.forward_fixed(torch.from_numpy(tokens), torch.from_numpy(start))
+        self.kv_lengths[: len(missing)] += 1
+        self._draw(np.flatnonzero(missing == 1), logits)
+
+    def _require_equal_rows(self) -> None:
+        """The same tokens in every row must give the same bits in every row: then a row's place does not matter."""
+        rng = np.random.default_rng(0)
+        size = self.max_sequences
+        last = self.context_tokens - 1
+        for position in sorted({*range(min(PROBED_TOKENS, last)), last // 7, last // 2, last}):
+            token = int(rng.integers(self.decoder.shape.vocab))
+            logits = self.decoder.forward_fixed(torch.full((size,), token), torch.full((size,), position))
+            logprobs = torch.log_softmax(logits, dim=-1)
+            if not torch.equal(logprobs, logprobs[:1].expand_as(logprobs)):
+                raise AprError(
+                    f"rows of a batch of {size} are not computed alike on this machine",
+                    "Choose an engine.max_sequences that is a multiple of 16, or leave engine.deterministic off",
+                )
+
+    def _draw(self, rows: np.ndarray[Any, Any], logits: torch.Tensor) -> None:
+        """Sample one token for each of some rows.
+
+        Args:
+            rows: int64 [n].
+            logits: float32 [n, vocab], one per row; or, in deterministic mode, [max_sequences, vocab], one per place.
+        """
+        if not len(rows):
+            return
         batch = [self.active[row] for row in rows]
         seeds = np.array([r.request.sampling.seed & 0xFFFFFFFFFFFFFFFF for r in batch], dtype=np.uint64)
         counters = self.lengths[rows].astype(np.uint64)
         params = [r.request.sampling for r in batch]
-        token_ids, logprobs = sample(logits, params, uniforms(seeds, counters))
+        draws = uniforms(seeds, counters)
+        if self.capabilities.deterministic:  # logprobs too are computed in one shape
+            every = [IDLE] * self.max_sequences
+            places = np.zeros(self.max_sequences)
+            places[rows] = draws
+            for row, one in zip(rows, params, strict=True):
+                every[row] = one
+            all_ids, all_logprobs = sample(logits, every, places)
+            token_ids, logprobs = [all_ids[row] for row in rows], [all_logprobs[row] for row in rows]
+        else:
+            token_ids, logprobs = sample(logits, params, draws)
         self.tokens[rows, self.lengths[rows]] = token_ids
         self.lengths[rows] += 1
         self._counts["sampled_tokens"] += len(batch)

@@ -69,5 +69,7 @@ def _narrow(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -> to
     top_k = torch.tensor([p.top_k or vocab for p in params], device=probabilities.device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probabilities.device)
     before = ranked.cumsum(dim=-1) - ranked  # probability of the likelier tokens
-    keep = (torch.arange(vocab, device=probabilities.device) < top_k[:, None]) & (before < top_p[:, None])
+    # By rounding `before` may reach 1 ahead of the last token: a row that keeps all must not lose it to its neighbours.
+    within = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep = (torch.arange(vocab, device=probabilities.device) < top_k[:, None]) & within
     return torch.zeros_like(probabilities).scatter_(1, order, ranked * keep)

@@ -1,0 +1,289 @@
+"""The audit of one training batch: everything that was claimed of it, computed again the slow and obvious way.
+
+Each call goes alone through the plain `transformers` model in float32. The loss is written out from the paper's section
+3.3, tree by tree and call by call, and shares no code with `rl/` (an import rule checks it): with its gradient, since
+on policy the loss itself is near 0 whatever the weights of its tokens are.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apr_ray.core.engine import FinishReason
+from apr_ray.core.errors import AprError
+from apr_ray.core.ledger import Call, ThreadTree
+from apr_ray.core.weights import WeightVersion
+from apr_ray.evaluation.kept_batch import KeptBatch
+from apr_ray.model.llama import load_policy
+
+CUT = {FinishReason.ABORTED: "aborted", FinishReason.ERROR: "error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: what the audit found, what was claimed or allowed, and whether they agree."""
+
+    check: str
+    found: str
+    claimed: str
+    agrees: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """All checks of one batch."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def agrees(self) -> bool:
+        return all(finding.agrees for finding in self.findings)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """For a table."""
+        return [(f.check, f.found, f.claimed, "agrees" if f.agrees else "DIFFERS") for f in self.findings]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What a pass over the calls adds up to. `deltas`: |Δ logprob| of every token drawn under the batch's weights;
+    `trained_deltas`: of every token that carries loss."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    deltas: list[float] = field(default_factory=list)
+    trained_deltas: list[float] = field(default_factory=list)
+    trained: int = 0
+    recomputed: int = 0
+
+
+def audit_batch(kept: KeptBatch, tolerance: float = 1e-3) -> AuditReport:
+    """Check a kept batch.
+
+    Args:
+        tolerance: largest |Δ logprob| of a token in nats, largest difference of the loss and its KL term, and largest
+            relative difference of the gradient's norm. The default fits float32 engines.
+
+    Raises:
+        AprError: the reference policy of the KL term is no longer there.
+    """
+    step = kept.step
+    policy: Any = load_policy(kept.policy)
+    findings = [*check_ledger(kept, policy.config.vocab_size), *check_versions(kept)]
+    if not findings[0].agrees:  # nothing can be computed from such calls
+        return AuditReport(tuple(findings))
+    reference = _load_reference(step.reference) if step.kl_coefficient else None
+    sums = recompute(kept, policy, reference)
+    calls = sum(len(tree.calls) for tree in kept.trees)
+    largest = max(sums.deltas, default=0.0)
+    mean = statistics.fmean(sums.deltas) if sums.deltas else 0.0
+    findings += [
+        Finding("calls drawn under these weights", f"{sums.recomputed} of {calls}", "", True),
+        Finding("max |Δ logprob|, engine", f"{largest:.2e}", f"at most {tolerance:.0e}", largest <= tolerance),
+        Finding("mean |Δ logprob|, engine", f"{mean:.2e}", f"at most {tolerance:.0e}", mean <= tolerance),
+    ]
+    if step.reported is None:
+        return AuditReport((*findings, Finding("step", "nothing to learn from", "no step was taken", sums.loss == 0.0)))
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters() if p.grad is not None))
+    told = step.reported
+    ours = sums.trained_deltas or [0.0]
+
+    def near(name: str, found: float, claimed: float, limit: float) -> Finding:
+        return Finding(name, f"{found:.6g}", f"{claimed:.6g}", abs(found - claimed) <= limit)
+
+    findings += [
+        Finding("trained tokens", str(sums.trained), str(told.tokens), sums.trained == told.tokens),
+        near("loss", sums.loss, told.loss, tolerance),
+        near("KL term", sums.kl, told.kl, tolerance),
+        near("gradient norm", norm, told.grad_norm, tolerance * max(norm, told.grad_norm)),
+        near("mean |Δ logprob|, learner", statistics.fmean(ours), told.delta_mean, tolerance),
+        near("max |Δ logprob|, learner", max(ours), told.delta_max, tolerance),
+    ]
+    return AuditReport(tuple(findings))
+
+
+def _load_reference(checkpoint: str) -> Any:
+    if not (Path(checkpoint) / "config.json").is_file():
+        raise AprError(
+            f"the reference policy {checkpoint!r} is not there", "Put it back: the KL term cannot be checked without it"
+        )
+    return load_policy(checkpoint)
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def carries_loss(call: Call) -> list[int]:
+    """Positions among the sampled ids that are trained: all but forced ones, and none of a call that was cut."""
+    return [] if call.finish in CUT else [i for i in range(len(call.sampled_ids)) if i not in call.forced]
+
+
+def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
+    """Token by token: what was sampled, what became of it, and that contexts are what joins made them."""
+    counts: Counter[str] = Counter()
+    sampled = faults = 0
+    contexts = good = 0
+    skipped = {id(tree) for trees in fresh_groups(kept) for tree in trees if _is_skipped(kept, trees)}
+    fresh = {id(tree) for trees in fresh_groups(kept) for tree in trees}
+    for tree in kept.trees:
+        by_place = {(call.path, call.segment): call for call in tree.calls}
+        for call in tree.calls:
+            drawn = [i for i in range(len(call.sampled_ids)) if i not in call.forced]
+            sampled += len(drawn) + len(call.replaced)
+            if id(tree) not in fresh:
+                counts["stale"] += len(drawn) + len(call.replaced)
+            else:
+                kind = CUT.get(call.finish) or ("zero_advantage" if id(tree) in skipped else "trained")
+                counts[kind] += len(drawn)
+                counts["replaced"] += len(call.replaced)
+            faults += not _is_whole(call, vocabulary)
+        for join in tree.joins:
+            before, after = (by_place.get((join.path, join.segment + i)) for i in (0, 1))
+            if before is not None and after is not None:
+                contexts += 1
+                expected = (*before.prompt_ids, *before.sampled_ids[: join.kept_tokens], *join.joined_ids)
+                good += after.prompt_ids == expected
+    claimed = Counter({name: n for name, n in kept.step.dispositions.items() if n})
+    found = Counter({name: n for name, n in counts.items() if n})
+
+    def text(counter: Counter[str]) -> str:
+        return ", ".join(f"{name} {n}" for name, n in sorted(counter.items()))
+
+    return [
+        Finding("calls with faults in the ledger", str(faults), "0", faults == 0),
+        Finding("contexts after joins", f"{good} of {contexts}", "all", good == contexts),
+        Finding("dispositions", text(found), text(claimed), found == claimed),
+        Finding("… add up to", str(sum(claimed.values())), f"{sampled} sampled", sum(claimed.values()) == sampled),
+    ]
+
+
+def _is_whole(call: Call, vocabulary: int) -> bool:
+    """Whether a call's parts fit together: one logprob and one version per id, one replaced token per forced one."""
+    ends = [0, *(span.end for span in call.versions)]
+    return (
+        ends[-1] == len(call.sampled_ids) == len(call.logprobs)
+        and ends[:-1] == [span.start for span in call.versions]
+        and {r.position for r in call.replaced} == set(call.forced) <= set(range(len(call.sampled_ids)))
+        and len(call.prompt_ids) > 0
+        and all(0 <= i < vocabulary for i in (*call.prompt_ids, *call.sampled_ids))
+    )
+
+
+def _is_skipped(kept: KeptBatch, trees: Sequence[ThreadTree]) -> bool:
+    """Without a KL term a group whose rewards are all equal has no gradient and is left out."""
+    return not kept.step.kl_coefficient and len({tree.reward for tree in trees}) == 1
+
+
+def fresh_groups(kept: KeptBatch) -> list[tuple[ThreadTree, ...]]:
+    """The groups none of whose tokens is older than allowed (contract 9)."""
+    size = kept.step.group_size
+    groups = [kept.trees[i : i + size] for i in range(0, len(kept.trees), size)]
+    return [g for g in groups if all(_is_fresh(kept, span.version) for t in g for c in t.calls for span in c.versions)]
+
+
+def _is_fresh(kept: KeptBatch, version: WeightVersion) -> bool:
+    now = kept.version
+    return version.incarnation == now.incarnation and now.counter - version.counter <= kept.step.max_staleness
+
+
+def check_versions(kept: KeptBatch) -> list[Finding]:
+    """How many tokens each version drew. Stale ones are no fault (they are left out); ones from the future are."""
+    tokens: Counter[WeightVersion] = Counter()
+    for tree in kept.trees:
+        for call in tree.calls:
+            for span in call.versions:
+                tokens[span.version] += span.end - span.start
+    text = ", ".join(f"{version}: {n}" for version, n in sorted(tokens.items()))
+    past = all(version <= kept.version for version in tokens)
+    return [Finding("tokens by weight version", text, f"the learner held {kept.step.version}", past)]
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def recompute(kept: KeptBatch, policy: Any, reference: Any) -> _Sums:
+    """The loss from first principles; its gradient is left in the policy's parameters.
+
+    Paper section 3.3: the advantage is the z-score of a tree's reward in its group; a call's loss is the mean over its
+    tokens of -min(ratio A, clipped ratio A) + beta k3, a tree's the mean over its calls, the batch's the mean over its
+    trees.
+    """
+    sums = _Sums()
+    groups = fresh_groups(kept)
+    trees_in_all = sum(map(len, groups))
+    fresh = {id(tree) for trees in groups for tree in trees}
+    for trees in groups:
+        rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
+        deviation = statistics.pstdev(rewards)
+        for tree, reward in zip(trees, rewards, strict=True):
+            advantage = (reward - statistics.fmean(rewards)) / deviation if deviation else 0.0
+            trained_calls = sum(bool(carries_loss(call)) for call in tree.calls)
+            skipped = _is_skipped(kept, trees)
+            for call in tree.calls:
+                positions = [] if skipped else carries_loss(call)
+                share = 1 / (trained_calls * trees_in_all) if positions else 0.0
+                _one_call(kept, policy, reference, call, positions, advantage, share, sums)
+    for tree in kept.trees:
+        if id(tree) not in fresh:
+            for call in tree.calls:
+                _one_call(kept, policy, reference, call, [], 0.0, 0.0, sums)
+    return sums
+
+
+def _one_call(
+    kept: KeptBatch,
+    policy: Any,
+    reference: Any,
+    call: Call,
+    positions: Sequence[int],
+    advantage: float,
+    share: float,
+    sums: _Sums,
+) -> None:
+    """Add one call's part: `positions` carry loss, whose mean has weight `share`."""
+    if not call.sampled_ids:
+        return
+    step = kept.step
+    with torch.set_grad_enabled(bool(positions)):
+        logprobs = _logprobs(policy, call, step.temperature)
+    drawn = [i for i in range(len(call.sampled_ids)) if i not in call.forced]
+    off = [abs(float(logprobs[i]) - call.logprobs[i]) for i in range(len(call.sampled_ids))]
+    if {span.version for span in call.versions} <= {kept.version}:
+        sums.recomputed += 1
+        sums.deltas += [off[i] for i in drawn]
+    if not positions:
+        return
+    sums.trained += len(positions)
+    sums.trained_deltas += [off[i] for i in positions]
+    with torch.no_grad():
+        towards = _logprobs(reference, call, step.temperature) if reference is not None else None
+    call_loss: Any = 0.0
+    call_kl = 0.0
+    for i in positions:
+        ratio = (logprobs[i] - call.logprobs[i]).exp()
+        clipped = ratio.clamp(1 - step.clip, 1 + step.clip)
+        call_loss = call_loss - torch.minimum(ratio * advantage, clipped * advantage)
+        if towards is not None:
+            difference = towards[i] - logprobs[i]
+            k3 = difference.exp() - difference - 1
+            call_loss = call_loss + step.kl_coefficient * k3
+            call_kl += float(k3)
+    call_loss = share * call_loss / len(positions)
+    call_loss.backward()
+    sums.loss += float(call_loss)
+    sums.kl += share * call_kl / len(positions)
+
+
+def _logprobs(policy: Any, call: Call, temperature: float) -> torch.Tensor:
+    """float32 [sampled]: of each of a call's ids given those before it, the call alone in its batch."""
+    ids = torch.tensor([[*call.prompt_ids, *call.sampled_ids]])
+    logits = policy(input_ids=ids, use_cache=False).logits[0, len(call.prompt_ids) - 1 : -1] / temperature
+    return torch.log_softmax(logits, dim=-1).gather(1, ids[0, len(call.prompt_ids) :, None])[:, 0]

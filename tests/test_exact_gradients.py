@@ -1,0 +1,448 @@
+"""Every objective's expected gradient, by full enumeration through the real code, against the exact one.
+
+A policy small enough to enumerate: a softmax table in float64, one row per context, over three tokens. Its threads:
+a root call of at most two tokens (0 ends, 1 spawns, 2 goes on); one child that may write two tokens, or two children
+that write one each; a resumed parent that writes one. 45 trees, 1,035 groups of two.
+
+Two paths that share nothing but the list of trees: the estimator's, through `grpo_batch`, `group_advantages`,
+`token_logprobs`, `grpo_loss` and autograd; and the formulas' of docs/objectives.md, in numpy, where the gradient of a
+softmax's logprob is written out by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations_with_replacement, product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from apr_ray.core.batch import TrainBatch
+from apr_ray.core.engine import FinishReason, VersionSpan
+from apr_ray.core.ledger import Call, Group, Outcome, Replaced, Spawn, ThreadTree
+from apr_ray.core.weights import WeightVersion
+from apr_ray.rl.advantages import Z_SCORE_EPS
+from apr_ray.rl.batches import grpo_batch, sft_batch
+from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
+
+END, SPAWN, ON = range(3)
+VOCAB = 3
+CLIP = 0.2
+Ids = tuple[int, ...]
+Array = np.ndarray[Any, np.dtype[np.float64]]
+ROOT, CHILD = (0, 0), (0, 1)
+TOLERANCE = 1e-6
+"""Batches hold weights, advantages and logprobs as float32: each is off by at most 6e-8 of itself."""
+
+
+# --- the distribution -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Toy:
+    """A tree as (prompt, written) per call, in the order root, children, resumed; and its reward."""
+
+    calls: tuple[tuple[Ids, Ids], ...]
+    reward: float
+
+
+def texts(limit: int) -> list[Ids]:
+    """All that a call of at most `limit` tokens can write: END and SPAWN end it."""
+    if limit == 1:
+        return [(t,) for t in range(VOCAB)]
+    return [(END,), (SPAWN,)] + [(ON, *rest) for rest in texts(limit - 1)]
+
+
+def grow(root: Ids) -> list[Toy]:
+    """Every tree with this root call. Solved: END at once; or a child ended with END, and the resumed parent too."""
+    if root[-1] != SPAWN:
+        return [Toy(((ROOT, root),), float(root == (END,)))]
+    children = list(product(texts(1), repeat=2)) if len(root) == 1 else [(text,) for text in texts(2)]
+    return [
+        Toy(
+            ((ROOT, root), *((CHILD, text) for text in texts_), ((0, 2, *(t[-1] for t in texts_)), last)),
+            float(last == (END,) and any(text[-1] == END for text in texts_)),
+        )
+        for texts_ in children
+        for last in texts(1)
+    ]
+
+
+TREES = tuple(tree for root in texts(2) for tree in grow(root))
+BANDIT = tuple(Toy(((ROOT, (t,)),), float(t == END)) for t in range(VOCAB))
+"""One call of one token: no lengths, no threads."""
+
+
+@cache
+def rows() -> dict[Ids, int]:
+    """One row of the table per context in which a token is drawn; the last row serves positions inside prompts."""
+    contexts = {(*p, *w[:i]) for tree in (*TREES, *BANDIT) for p, w in tree.calls for i in range(len(w))}
+    return {context: index for index, context in enumerate(sorted(contexts))}
+
+
+def table(seed: int, scale: float = 0.7) -> Array:
+    return np.random.default_rng(seed).normal(size=(len(rows()) + 1, VOCAB)) * scale
+
+
+POLICY, OLD, REFERENCE = table(0), table(0) + table(1), 2 * table(2)
+
+
+# --- the formulas, in numpy -------------------------------------------------------------------------------------------
+
+
+def probabilities(logits: Array) -> Array:
+    e = np.exp(logits - logits.max(axis=1, keepdims=True))
+    out: Array = e / e.sum(axis=1, keepdims=True)
+    return out
+
+
+def drawn(tree: Toy) -> list[list[tuple[int, int]]]:
+    """(row, token) of everything a tree drew, per call."""
+    return [
+        [(rows()[(*prompt, *written[:i])], token) for i, token in enumerate(written)] for prompt, written in tree.calls
+    ]
+
+
+def likelihood(tree: Toy, p: Array) -> float:
+    return math.prod(p[row, token] for call in drawn(tree) for row, token in call)
+
+
+def score(row: int, token: int, p: Array) -> Array:
+    """Gradient of log p[row, token] with respect to the table: one-hot minus p, in that row."""
+    out = np.zeros_like(p)
+    out[row] = -p[row]
+    out[row, token] += 1
+    return out
+
+
+def weighted(tree: Toy, p: Array, factor: Callable[[int, int], float] = lambda row, token: 1.0) -> Array:
+    """S(tree): the mean over calls of the mean over tokens of `factor` times the score."""
+    calls = drawn(tree)
+    return sum(factor(r, t) * score(r, t, p) / (len(call) * len(calls)) for call in calls for r, t in call)  # type: ignore[return-value]
+
+
+def plain(tree: Toy, p: Array) -> Array:
+    """The score of the whole tree."""
+    return sum(score(r, t, p) for call in drawn(tree) for r, t in call)  # type: ignore[return-value]
+
+
+def mean_over(trees: Sequence[Toy], p: Array, value: Callable[[Toy], Any]) -> Any:
+    return sum(likelihood(tree, p) * value(tree) for tree in trees)
+
+
+def pair_advantage(a: Toy, b: Toy) -> float:
+    """z-score of the first of two trees with rewards 0 or 1: half their difference over half of it (plus epsilon)."""
+    return (a.reward - b.reward) / 2 / (0.5 + Z_SCORE_EPS)
+
+
+# --- the estimator, through the real code -----------------------------------------------------------------------------
+
+
+def ledger(tree: Toy, behaviour: Array) -> ThreadTree:
+    """The tree as the runtime would have recorded it under a behaviour policy."""
+    logp = np.log(behaviour)
+    version = WeightVersion(0, 0)
+    children = len(tree.calls) - 2
+    paths = [((), 0)] if len(tree.calls) == 1 else [((), 0), *(((i,), 0) for i in range(children)), ((), 1)]
+    calls = tuple(
+        Call(
+            path=path,
+            segment=segment,
+            prompt_ids=prompt,
+            sampled_ids=written,
+            logprobs=tuple(float(logp[row, token]) for row, token in steps),
+            forced=(),
+            replaced=(),
+            finish=FinishReason.STOP if written[-1] != ON else FinishReason.LENGTH,
+            versions=(VersionSpan(version, 0, len(written)),),
+            kv_version=version,
+            seed=0,
+            cached_tokens=0,
+            start_s=0.0,
+            first_token_s=0.0,
+            end_s=0.0,
+            engine_id="table",
+        )
+        for (path, segment), (prompt, written), steps in zip(paths, tree.calls, drawn(tree), strict=True)
+    )
+    spawned = tuple((i,) for i in range(children))
+    spawns = (Spawn((), 0, spawned, ("",) * children),) if children > 0 else ()
+    return ThreadTree("p", 0, calls, spawns, (), "", Outcome.ANSWERED, reward=tree.reward)
+
+
+def padded(batch: TrainBatch, column: Any) -> torch.Tensor:
+    width = int(batch.lengths.max())
+    out = np.zeros((len(batch), width), dtype=column.dtype)
+    for i, (a, b) in enumerate(zip(batch.offsets[:-1], batch.offsets[1:], strict=True)):
+        out[i, : b - a] = column[a:b]
+    return torch.from_numpy(out)
+
+
+def table_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[b, t, v]: the row of each position's prefix; positions whose next token nobody drew read the spare row."""
+    index = [[rows().get(tuple(line[: i + 1]), len(rows())) for i in range(len(line))] for line in tokens.tolist()]
+    return logits[torch.tensor(index)]
+
+
+def estimate(
+    group: Sequence[Toy],
+    policy: Array,
+    behaviour: Array,
+    kl: float = 0.0,
+    clip: float = CLIP,
+    change: Callable[[ThreadTree], ThreadTree] = lambda tree: tree,
+) -> tuple[Array, Any]:
+    """Minus the gradient of the loss of one group, by the real code, and the loss."""
+    trees = tuple(change(ledger(tree, probabilities(behaviour))) for tree in group)
+    batch = grpo_batch([Group("p", trees)], skip_zero_advantage=False).batch
+    logits = torch.tensor(policy, requires_grad=True)
+    tokens = padded(batch, batch.tokens)
+    seen = table_logits(logits, tokens)
+    reference = token_logprobs(table_logits(torch.tensor(REFERENCE), tokens), tokens)
+    result = grpo_loss(
+        token_logprobs(seen, tokens),
+        padded(batch, batch.behaviour_logprobs),
+        padded(batch, batch.advantages),
+        padded(batch, batch.loss_weights),
+        token_entropy(seen.detach()),
+        clip=clip,
+        kl_coefficient=kl,
+        reference_logprobs=reference if kl else None,
+    )
+    (gradient,) = torch.autograd.grad(result.loss, logits)
+    return -gradient.numpy(), result
+
+
+def expected(trees: Sequence[Toy], size: int, policy: Array, behaviour: Array, **options: Any) -> Array:
+    """The estimator's expectation over every group that the behaviour policy can draw."""
+    total = np.zeros_like(policy)
+    mass = 0.0
+    b = probabilities(behaviour)
+    for group in combinations_with_replacement(trees, size):
+        repeats = math.factorial(size) / math.prod(math.factorial(group.count(t)) for t in set(group))
+        weight = repeats * math.prod(likelihood(tree, b) for tree in group)
+        mass += weight
+        total += weight * estimate(group, policy, behaviour, **options)[0]
+    assert mass == pytest.approx(1, abs=1e-12), "not every group was enumerated"
+    return total
+
+
+@cache
+def on_policy() -> Array:
+    """Without a KL term, over the trees."""
+    return expected(TREES, 2, POLICY, POLICY)
+
+
+def close(found: Array, exact: Array) -> None:
+    assert np.abs(exact).max() > 1e-3, "nothing to compare"
+    np.testing.assert_allclose(found, exact, rtol=0, atol=TOLERANCE)
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+def test_the_trees_are_all_there_is() -> None:
+    assert len(TREES) == 45
+    assert mean_over(TREES, probabilities(POLICY), lambda tree: 1.0) == pytest.approx(1, abs=1e-12)
+    assert {len(tree.calls) for tree in TREES} == {1, 3, 4}
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_z_scores_give_the_gradient_of_the_success_rate_times_a_known_factor(size: int) -> None:
+    """Dividing by the group's deviation scales the gradient by c_G(p); for groups of two c is 1 (but for epsilon)."""
+    p = probabilities(POLICY)
+    rate = mean_over(BANDIT, p, lambda tree: tree.reward)
+    gradient = mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p))
+    factor = 0.0
+    for k in range(1, size):
+        deviation = math.sqrt(k * (size - k)) / size
+        factor += math.comb(size, k) * rate**k * (1 - rate) ** (size - k) * deviation**2 / (deviation + Z_SCORE_EPS)
+    factor /= rate * (1 - rate)
+    assert factor == pytest.approx(1, abs=1e-5) if size == 2 else factor > 1.2
+    close(expected(BANDIT, size, POLICY, POLICY), factor * gradient)
+
+
+def test_on_policy_over_trees_it_is_the_covariance_of_reward_and_weighted_score() -> None:
+    p = probabilities(POLICY)
+    rate = mean_over(TREES, p, lambda tree: tree.reward)
+    exact = mean_over(TREES, p, lambda tree: (tree.reward - rate) * weighted(tree, p)) / (1 + 2 * Z_SCORE_EPS)
+    close(on_policy(), exact)
+
+
+def test_length_normalisation_is_a_bias_and_its_size_is_that_of_the_formula() -> None:
+    """The means over tokens and calls change the direction, not only the length, of the true gradient; where every tree
+    is one token there is no bias."""
+    p = probabilities(POLICY)
+    found = on_policy()
+    true = mean_over(TREES, p, lambda tree: tree.reward * plain(tree, p))
+    rate = mean_over(TREES, p, lambda tree: tree.reward)
+
+    def missing(tree: Toy) -> Array:
+        return (tree.reward - rate) * (weighted(tree, p) - plain(tree, p))
+
+    close(found - true, mean_over(TREES, p, missing))
+    cosine = float((found * true).sum() / np.linalg.norm(found) / np.linalg.norm(true))
+    assert 0.1 < math.sqrt(1 - cosine**2) < 0.5  # the sine of the angle between them
+    close(expected(BANDIT, 2, POLICY, POLICY), mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p)))
+
+
+def test_length_normalisation_follows_no_objective_at_all() -> None:
+    """A gradient's Jacobian is symmetric; the true one's is, the normalised one's is not."""
+
+    def jacobian(direction: Callable[[Toy, Array], Array]) -> Array:
+        def field(logits: Array) -> Array:
+            p = probabilities(logits)
+            rate = mean_over(TREES, p, lambda tree: tree.reward)
+            out: Array = mean_over(TREES, p, lambda tree: (tree.reward - rate) * direction(tree, p))
+            return out.ravel()
+
+        step = 1e-5
+        columns = []
+        for i in range(POLICY.size):
+            bump = np.zeros(POLICY.size)
+            bump[i] = step
+            bump = bump.reshape(POLICY.shape)
+            columns.append((field(POLICY + bump) - field(POLICY - bump)) / (2 * step))
+        return np.stack(columns, axis=1)
+
+    true, normalised = jacobian(plain), jacobian(weighted)
+    assert np.abs(true - true.T).max() < 1e-8
+    assert np.abs(normalised - normalised.T).max() > 1e-3
+
+
+def test_k3_on_policy_is_the_value_of_one_divergence_and_the_gradient_of_the_other() -> None:
+    """Its mean is KL(policy || reference); its mean gradient is that of KL(reference || policy)."""
+    p, q = probabilities(POLICY), probabilities(REFERENCE)
+    beta = 0.3
+    row = rows()[ROOT]
+    without, with_kl = (expected(BANDIT, 2, POLICY, POLICY, kl=b) for b in (0.0, beta))
+    forward = np.zeros_like(p)
+    forward[row] = p[row] - q[row]  # gradient of KL(reference || policy) over a softmax's logits
+    close(with_kl - without, -beta * forward)
+    reverse = np.zeros_like(p)
+    logs = np.log(p[row] / q[row])
+    reverse[row] = p[row] * (logs - (p[row] * logs).sum())
+    assert np.abs(reverse - forward).max() > 0.02
+    value = sum(
+        likelihood(a, p) * likelihood(b, p) * estimate((a, b), POLICY, POLICY, kl=beta)[1].kl
+        for a, b in product(BANDIT, repeat=2)
+    )
+    assert value == pytest.approx(float((p[row] * logs).sum()), abs=TOLERANCE)
+
+
+def test_the_kl_term_over_trees_is_weighted_as_the_reward_term() -> None:
+    p, q = probabilities(POLICY), probabilities(REFERENCE)
+    beta = 0.3
+
+    def pull(row: int, token: int) -> float:
+        return float(q[row, token] / p[row, token] - 1)
+
+    close(
+        expected(TREES, 2, POLICY, POLICY, kl=beta) - on_policy(),
+        mean_over(TREES, p, lambda tree: beta * weighted(tree, p, pull)),
+    )
+
+
+def off_policy(clip: float) -> Array:
+    """The exact gradient of the clipped surrogate, where OLD drew the trees and POLICY is trained."""
+    p, old = probabilities(POLICY), probabilities(OLD)
+    total = np.zeros_like(p)
+    for a, b in product(TREES, repeat=2):
+        advantage = pair_advantage(a, b)
+
+        def pull(row: int, token: int, advantage: float = advantage) -> float:
+            ratio = p[row, token] / old[row, token]
+            clipped = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
+            return 0.0 if clipped else float(advantage * ratio)
+
+        if advantage:
+            total += likelihood(a, old) * likelihood(b, old) * weighted(a, p, pull)
+    return total
+
+
+def test_off_policy_it_is_the_gradient_of_the_clipped_surrogate() -> None:
+    """The second inner step: trees of the old policy, ratios away from 1, some of them clipped."""
+    exact, unclipped = off_policy(CLIP), off_policy(1e9)
+    close(expected(TREES, 2, POLICY, OLD), exact)
+    close(expected(TREES, 2, POLICY, OLD, clip=1e9), unclipped)
+    assert np.abs(exact - unclipped).max() > 0.01, "nothing was clipped"
+
+
+def test_off_policy_the_kl_gradient_is_left_as_the_old_policy_weighs_it() -> None:
+    """The k3 term has no ratio: away from the old policy its mean gradient is that of neither divergence."""
+    p, q, old = probabilities(POLICY), probabilities(REFERENCE), probabilities(OLD)
+    beta = 0.3
+    row = rows()[ROOT]
+    without, with_kl = (expected(BANDIT, 2, POLICY, OLD, kl=b) for b in (0.0, beta))
+    exact = sum(
+        old[row, token] * beta * (q[row, token] / p[row, token] - 1) * score(row, token, p) for token in range(VOCAB)
+    )
+    close(with_kl - without, exact)  # type: ignore[arg-type]
+    assert np.abs(exact[row] - beta * (q[row] - p[row])).max() > 0.003  # type: ignore[index]
+
+
+def test_unclipped_off_policy_steps_of_one_token_still_follow_the_success_rate() -> None:
+    """With one token a tree the ratio of the token is that of the tree: importance sampling is exact."""
+    p = probabilities(POLICY)
+    gradient = mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p))
+    close(expected(BANDIT, 2, POLICY, OLD, clip=1e9), gradient)
+
+
+def test_a_replaced_token_is_missing_from_the_gradient() -> None:
+    """Where the runtime takes a token back, its choice is not trained: the expected gradient lacks that score."""
+    p = probabilities(POLICY)
+
+    def take_back(tree: ThreadTree) -> ThreadTree:
+        from dataclasses import replace
+
+        call = tree.calls[0]
+        if call.sampled_ids[0] != ON:
+            return tree
+        taken = Replaced(0, ON, call.logprobs[0])
+        return replace(tree, calls=(replace(call, forced=(0,), replaced=(taken,), logprobs=(0.0, *call.logprobs[1:])),))
+
+    two_tokens = tuple(Toy(((ROOT, text),), float(text[-1] == END)) for text in texts(2))
+
+    def kept(tree: Toy) -> Array:
+        steps = drawn(tree)[0][1:] if tree.calls[0][1][0] == ON else drawn(tree)[0]
+        return sum(score(r, t, p) for r, t in steps) / len(steps)  # type: ignore[return-value]
+
+    rate = mean_over(two_tokens, p, lambda tree: tree.reward)
+    exact = mean_over(two_tokens, p, lambda tree: (tree.reward - rate) * kept(tree)) / (1 + 2 * Z_SCORE_EPS)
+    close(expected(two_tokens, 2, POLICY, POLICY, change=take_back), exact)
+
+
+@pytest.mark.parametrize("mask_prompt", [False, True])
+def test_supervised_training_follows_the_batchs_mean_over_tokens(mask_prompt: bool) -> None:
+    """Exact for the mean of each batch; against the mean of the whole population a batch of unequal lengths is biased
+    by what the formula says."""
+    p = probabilities(POLICY)
+    demonstrations = [(ROOT, text) for text in texts(2)]
+    chance = np.array([0.4, 0.1, 0.2, 0.25, 0.05])
+    found = np.zeros_like(p)
+    exact = np.zeros_like(p)
+
+    def steps(prompt: Ids, text: Ids) -> list[tuple[int, int]]:
+        whole = (*prompt, *text)
+        first = len(prompt) if mask_prompt else 1
+        return [(rows().get(whole[:i], len(rows())), whole[i]) for i in range(first, len(whole))]
+
+    for (i, a), (j, b) in product(enumerate(demonstrations), repeat=2):
+        batch = sft_batch([(np.array([*p_, *t]), len(p_)) for p_, t in (a, b)], mask_prompt=mask_prompt)
+        logits = torch.tensor(POLICY, requires_grad=True)
+        tokens = padded(batch, batch.tokens)
+        loss = sft_loss(token_logprobs(table_logits(logits, tokens), tokens), padded(batch, batch.loss_weights))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        found -= chance[i] * chance[j] * gradient.numpy()
+        both = [*steps(*a), *steps(*b)]
+        exact += chance[i] * chance[j] * sum(score(r, t, p) for r, t in both) / len(both)
+    close(found, exact)
+    lengths = [len(steps(*d)) for d in demonstrations]
+    summed = sum(c * sum(score(r, t, p) for r, t in steps(*d)) for c, d in zip(chance, demonstrations, strict=True))
+    population = summed / float(chance @ lengths)
+    assert 1e-3 < np.abs(exact - population).max() < 0.1
