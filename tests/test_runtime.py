@@ -204,6 +204,14 @@ def test_depth_two() -> None:
     assert shallow.joins[0].reasons == ("bound_depth",)
 
 
+@pytest.mark.parametrize(("max_depth", "resuming"), [(1, {()}), (2, {(), (0,), (1,)})])
+def test_only_threads_that_may_spawn_may_be_resumed(max_depth: int, resuming: set[tuple[int, ...]]) -> None:
+    tree, engine = run(Script(*HAPPY), Bounds(max_depth=2), max_depth)
+    asked = {(r.request_id.split("/")[1], r.resumes) for r in engine.requests}
+    assert asked == {(".".join(f"{i:03d}" for i in c.path), c.path in resuming) for c in tree.calls}
+    assert tree.children == 2
+
+
 def test_duplicate_ids_are_two_children() -> None:
     """Regression: they kill the released code's tree."""
     tree, _ = run(Script((root, Reply(ids(OPEN + spawn("#0,0", "#0,0")))), *HAPPY[1:]))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingPa
 from apr_ray.core.errors import AprError, WeightsRejected
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
 from apr_ray.engines.torch_engine import TorchEngine
+from apr_ray.engines.torch_engine import engine as engine_module
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import checksum, pack_weights, trainable_parameters
@@ -79,13 +81,34 @@ def greedy(policy: Any, prompt: Sequence[int], tokens: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+class CheckedEngine(TorchEngine):
+    """Asserts, at every step, what the engine's module promises of its rows."""
+
+    cohorts_seen = 0
+
+    def _forward(self) -> torch.Tensor:
+        n = len(self.active)
+        cohorts, lengths = self.cohorts[:n], self.lengths[:n]
+        assert (np.diff(cohorts) <= 0).all()
+        assert [running.row for running in self.active] == list(range(n))
+        for cohort in np.unique(cohorts):
+            assert np.ptp(lengths[cohorts == cohort]) < engine_module.COHORT_TOKENS
+        self.cohorts_seen = max(self.cohorts_seen, len(np.unique(cohorts)))
+        return super()._forward()
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_tokens_and_logprobs_equal_transformers_over_batch_mixes(
     checkpoint: Path, policy: Any, data: st.DataObject
 ) -> None:
     """Contract 2: more requests than rows, ragged lengths, shared prefixes, temperatures side by side."""
-    engine = engine_of(checkpoint)
+    with patch.object(engine_module, "COHORT_TOKENS", data.draw(st.sampled_from([1, 5, 1000]))):
+        check_a_batch_mix(checkpoint, policy, data)
+
+
+def check_a_batch_mix(checkpoint: Path, policy: Any, data: st.DataObject) -> None:
+    engine = CheckedEngine.from_checkpoint(checkpoint, max_sequences=6, cache_slots=4, stream_interval=5)
     shared = data.draw(st.lists(st.integers(2, VOCAB - 1), max_size=12))
     prompts = data.draw(st.lists(st.lists(st.integers(2, VOCAB - 1), min_size=1, max_size=40), min_size=1, max_size=10))
     prompts = [shared + p if i % 2 else p for i, p in enumerate(prompts)]
@@ -142,6 +165,26 @@ def test_a_resumed_parent_prefills_only_what_is_new(checkpoint: Path) -> None:
     np.testing.assert_allclose(
         logprobs_of(second), reference(load_policy(checkpoint), again, ids_of(second), 1.0), atol=1e-4
     )
+
+
+def test_rows_of_like_length_attend_together(checkpoint: Path) -> None:
+    """Long and short requests come and go at different times, and stand in cohorts of their own all the while."""
+    engine = CheckedEngine.from_checkpoint(checkpoint, max_sequences=8, cache_slots=0)
+    sizes = [300, 10, 150, 12, 290, 11, 160, 400, 9, 310, 30, 170]
+    asked = [request(f"r{i:02d}", [2 + i] * size, 5 + 7 * (i % 5)) for i, size in enumerate(sizes)]
+    results = run_all(engine, asked)
+    assert [len(ids_of(chunks)) for chunks in results] == [5 + 7 * (i % 5) for i in range(len(sizes))]
+    assert engine.cohorts_seen >= 4
+
+
+def test_what_is_not_resumed_takes_no_cache_slot(checkpoint: Path) -> None:
+    engine = engine_of(checkpoint, cache_slots=1)
+    prompt = list(range(2, 32))
+    child = replace(request("child", [40] * 20, 5), resumes=False)
+    run_all(engine, [request("parent-0", prompt, 5)])
+    run_all(engine, [child])
+    (again,) = run_all(engine, [request("parent-1", [*prompt, 50], 5)])
+    assert again[0].cached_tokens == len(prompt)
 
 
 def test_siblings_share_their_prompts_prefix(checkpoint: Path) -> None:

@@ -54,12 +54,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One decoding. `priority`: higher is admitted first (a resumed parent goes before new roots)."""
+    """One decoding.
+
+    Attributes:
+        priority: higher is admitted first (a resumed parent goes before new roots).
+        resumes: whether a later request may begin with this one's tokens; where not, an engine need not keep their KV.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     priority: int = 0
+    resumes: bool = True
 
 
 @dataclass(frozen=True, slots=True)

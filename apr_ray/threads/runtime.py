@@ -165,6 +165,7 @@ class _Tree:
         self.tree_id = tree_id
         self.engine_id = engine_id
         self.listener = listener
+        self.deepest = min(bounds.max_depth, protocol.max_depth)  # threads there spawn no more
         self.calls: list[Call] = []
         self.spawns: list[Spawn] = []
         self.joins: list[Join] = []
@@ -261,7 +262,7 @@ class _Tree:
     def refuse(self, asked: SpawnRequest, path: Path, rounds: int) -> ThreadEnd | None:
         """The bound that a spawn would break, if any."""
         bounds = self.bounds
-        if len(path) >= min(bounds.max_depth, self.protocol.max_depth):
+        if len(path) >= self.deepest:
             return ThreadEnd(Outcome.BOUND_DEPTH, f"depth {len(path) + 1}")
         if rounds >= bounds.max_rounds:
             return ThreadEnd(Outcome.BOUND_ROUNDS, f"{rounds + 1} rounds")
@@ -321,6 +322,7 @@ class _Tree:
             (*recorder.prompt, *recorder.ids),
             sampling,
             priority=segment + resumption,
+            resumes=len(path) < self.deepest,
         )
         try:
             async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]

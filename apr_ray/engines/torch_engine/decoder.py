@@ -1,13 +1,15 @@
 """A Llama forward pass over KV slots.
 
 Written by hand, where `transformers` has a model: its caches are made for batches that begin and end together, and its
-own continuous batching is slow on a CPU (`apr-ray bench engine` compares with `generate`). Here rows have ragged
-positions, KV stays in place between calls, q/k/v and gate/up are one matrix each.
+own continuous batching is slow on a CPU (`apr-ray bench engine` compares with `generate`). Here a step is a flat list
+of tokens of any rows, q/k/v and gate/up are one matrix each, and KV stays in place between steps. Only attention sees
+rows: it runs span by span, each span as far as its own longest row, because reading KV is most of a step's cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +75,24 @@ class DecoderShape:
         return shapes
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring slots that attend in one call; `rows` is 1 where `width` is above 1.
+
+    Attributes:
+        first, rows: slots [first, first + rows).
+        width: new tokens of each.
+        end: tokens of the longest one, new ones included.
+    """
+
+    first: int
+    rows: int
+    width: int
+    end: int
+
+
 class Decoder:
-    """Weights and KV slots of one model; `forward` advances some rows by some tokens.
+    """Weights and KV slots of one model; `forward` appends tokens to slots.
 
     Args:
         shape: sizes.
@@ -85,14 +103,14 @@ class Decoder:
     def __init__(self, shape: DecoderShape, slots: int, context: int, device: str = "cpu") -> None:
         self.shape = shape
         self.device = torch.device(device)
-        size = (shape.layers, slots, shape.kv_heads, context + 1, shape.head_size)  # the last position takes padding
-        self.keys = torch.zeros(size, device=self.device)
-        self.values = torch.zeros(size, device=self.device)
+        size = (shape.layers, slots, shape.kv_heads, context, shape.head_size)
+        # numpy's zeros take memory as it is touched, in huge pages where the system has them
+        self.keys, self.values = (torch.from_numpy(np.zeros(size, dtype=np.float32)).to(self.device) for _ in "kv")
         half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
-        angles = torch.outer(torch.arange(context + 1, dtype=torch.float32), shape.rope_theta**-half)
-        self.cos = angles.cos().to(self.device)
-        self.sin = angles.sin().to(self.device)
-        self.positions = torch.arange(max(context + 1, slots), device=self.device)
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), shape.rope_theta**-half)
+        self.cos = angles.cos().to(self.device)[:, None]
+        self.sin = angles.sin().to(self.device)[:, None]
+        self.columns = torch.arange(context, device=self.device)
 
     def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Take over weights by Hugging Face names; the caller has checked them."""
@@ -126,53 +144,58 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, rows: slice | torch.Tensor, tokens: torch.Tensor, start: torch.Tensor, count: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        spans: Sequence[Span],
+        last: torch.Tensor,
     ) -> torch.Tensor:
-        """Append tokens to rows and return the logits after each row's last one.
+        """Append tokens to slots and return the logits after some of them.
 
         Args:
-            rows: which slots; a slice reads KV in place, an index tensor gathers it.
-            tokens: int64 [n, t], right-padded.
-            start: int64 [n]; tokens already in each slot.
-            count: int64 [n]; how many of the t tokens are real.
+            tokens, slots, positions: int64 [t]; slot by slot in the order of `spans`, positions ascending; all earlier
+                positions of a slot are there already.
+            spans: cover all t tokens.
+            last: int64 [n]; indices into the t tokens.
 
         Returns:
             float32 [n, vocab].
         """
         shape = self.shape
-        n, width = tokens.shape
         heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
-        end = int((start + count).max())
-        # Padding lands beyond a row's end, where the next real token overwrites it before it is ever attended to, or
-        # in the spare last position.
-        positions = (start[:, None] + self.positions[:width]).clamp_(max=self.cos.shape[0] - 1)
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        mask = (self.positions[:end] <= positions[..., None])[:, None]
-        row_ids = self.positions[rows] if isinstance(rows, slice) else rows
+        cos, sin = self.cos[positions], self.sin[positions]
+        cuts = itertools.accumulate((span.rows * span.width for span in spans), initial=0)
+        parts = [(span, slice(a, b)) for span, (a, b) in zip(spans, itertools.pairwise(cuts), strict=True)]
+        masks = [self._mask(span, positions[part]) for span, part in parts]
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
-            q, k, v = (
-                projected.view(n, width, heads + 2 * kv_heads, size)
-                .transpose(1, 2)
-                .split((heads, kv_heads, kv_heads), dim=1)
-            )
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            qk, v = projected.view(-1, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=1)
+            q, k = _rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
             keys, values = self.keys[layer], self.values[layer]
-            if width == 1:
-                keys[row_ids, :, positions[:, 0]] = k[:, :, 0]
-                values[row_ids, :, positions[:, 0]] = v[:, :, 0]
-            else:
-                keys[row_ids[:, None], :, positions] = k.transpose(1, 2)
-                values[row_ids[:, None], :, positions] = v.transpose(1, 2)
-            attended = F.scaled_dot_product_attention(
-                q, keys[rows, :, :end], values[rows, :, :end], attn_mask=mask, enable_gqa=heads != kv_heads
-            )
-            x = x + F.linear(attended.transpose(1, 2).reshape(n, width, heads * size), out)
+            keys[slots, :, positions] = k
+            values[slots, :, positions] = v
+            attended = []
+            for (span, part), mask in zip(parts, masks, strict=True):
+                rows = slice(span.first, span.first + span.rows)
+                one = F.scaled_dot_product_attention(
+                    q[part].view(span.rows, span.width, heads, size).transpose(1, 2),
+                    keys[rows, :, : span.end],
+                    values[rows, :, : span.end],
+                    attn_mask=mask,
+                    enable_gqa=heads != kv_heads,
+                )
+                attended.append(one.transpose(1, 2).reshape(-1, heads * size))
+            x = x + F.linear(torch.cat(attended), out)
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
-        last = x[torch.arange(n, device=self.device), count - 1] if width > 1 else x[:, 0]
-        return F.linear(F.rms_norm(last, (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
+        return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
+
+    def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, 1, width, end]: 0 where a token may look, minus infinity where not."""
+        hidden = self.columns[: span.end] > positions.view(span.rows, 1, span.width, 1)
+        return torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
 
     @torch.inference_mode()
     def forward_fixed(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -192,21 +215,21 @@ class Decoder:
         shape = self.shape
         n = tokens.shape[0]
         heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
-        cos, sin = self.cos[start][:, None, None], self.sin[start][:, None, None]
-        rows = self.positions[:n]
+        cos, sin = self.cos[start], self.sin[start]
+        rows = torch.arange(n, device=self.device)
         ends = [at + 1 for at in start.tolist()]
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
-            q, k, v = projected.view(n, heads + 2 * kv_heads, 1, size).split((heads, kv_heads, kv_heads), dim=1)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            qk, v = projected.view(n, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=1)
+            q, k = _rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, start] = k[:, :, 0]
-            values[rows, :, start] = v[:, :, 0]
+            keys[rows, :, start] = k
+            values[rows, :, start] = v
             attended = torch.cat(
                 [
                     F.scaled_dot_product_attention(
-                        q[i : i + 1],
+                        q[i : i + 1, :, None],
                         keys[i : i + 1, :, :end],
                         values[i : i + 1, :, :end],
                         enable_gqa=heads != kv_heads,
@@ -221,6 +244,6 @@ class Decoder:
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding; x is [n, heads, t, size], cos and sin [n, 1, t, size / 2]."""
+    """Rotary embedding; x is [t, heads, size], cos and sin [t, 1, size / 2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

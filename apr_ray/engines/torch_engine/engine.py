@@ -1,7 +1,11 @@
 """`TorchEngine`: continuous batching over KV slots, in one asyncio loop, one step at a time.
 
 Invariants (tested):
-- rows [0, active) are the running requests and hold their KV contiguously, so that a decode step reads it in place;
+- rows [0, active) are the running requests and hold their KV contiguously, so that a step reads it in place;
+- every step adds one token to every running request; those that came in since the last step are prefilled in it
+  (not in deterministic mode, where a prompt is computed token by token);
+- rows stand in descending order of cohort: rows of one cohort differ in length by less than COHORT_TOKENS, now and
+  later, because all grow alike. Each cohort attends as far as its own longest row (see `decoder.Span`);
 - a row's KV covers its first `kv_lengths[row]` tokens, under the current weights; what is beyond is prefilled next;
 - rows [max_sequences, slots) keep the KV of ended requests for whoever begins with the same tokens;
 - weights change between steps only. All KV is recomputed after a change, so every token's `kv_version` is its version.
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +27,14 @@ import torch
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import WeightUpdate, WeightVersion
-from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape
+from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, Span
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
 from apr_ray.model.llama import load_policy, read_config
 from apr_ray.model.state import check_update, trainable_parameters
 
 FIRST_VERSION = WeightVersion(0, 0)
+COHORT_TOKENS = 64
+"""Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls."""
 MIN_REUSED_TOKENS = 4
 """A shorter common prefix is cheaper to compute again than to copy."""
 PROBED_TOKENS = 16
@@ -36,7 +43,7 @@ IDLE = SamplingParams()
 
 
 @dataclass(eq=False)
-class _Running:
+class Running:
     """A request and what it has produced; `row` is -1 while it waits."""
 
     request: GenerateRequest
@@ -98,13 +105,14 @@ class TorchEngine:
         self.decoder.load(state)
         self.version = version
         self.expected = shape.parameter_shapes()
-        self.tokens = np.zeros((slots, self.context_tokens + 1), dtype=np.int64)
+        self.tokens = np.zeros((slots, self.context_tokens), dtype=np.int64)
         self.lengths = np.zeros(slots, dtype=np.int64)  # tokens a slot holds
         self.kv_lengths = np.zeros(slots, dtype=np.int64)  # of which the KV is computed
+        self.cohorts = np.zeros(max_sequences, dtype=np.int64)
         self.last_used = np.zeros(slots, dtype=np.int64)
-        self.active: list[_Running] = []  # active[i] runs in row i
-        self.waiting: list[tuple[int, int, _Running]] = []
-        self.by_id: dict[str, _Running] = {}
+        self.active: list[Running] = []  # active[i] runs in row i
+        self.waiting: list[tuple[int, int, Running]] = []
+        self.by_id: dict[str, Running] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._clock = 0
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "sampled_tokens", "steps"), 0)
@@ -139,7 +147,7 @@ class TorchEngine:
         finally:
             running.abort = True  # a no-op for a finished request
 
-    def _submit(self, request: GenerateRequest) -> _Running:
+    def _submit(self, request: GenerateRequest) -> Running:
         prompt = np.asarray(request.prompt_ids, dtype=np.int64)
         if len(prompt) == 0:
             raise AprError(f"request {request.request_id} has an empty prompt", "Give at least one token")
@@ -155,7 +163,7 @@ class TorchEngine:
         if request.request_id in self.by_id:
             raise AprError(f"request id {request.request_id!r} is already running", "Give each request its own id")
         max_new = min(request.sampling.max_new_tokens, self.context_tokens - len(prompt))
-        running = _Running(request, max_new)
+        running = Running(request, max_new)
         self.by_id[request.request_id] = running
         self._clock += 1
         heapq.heappush(self.waiting, (-request.priority, self._clock, running))
@@ -209,36 +217,42 @@ class TorchEngine:
         self._admit()
         if not self.active:
             return
+        rows, token_ids, logprobs = self._decode_fixed() if self.capabilities.deterministic else self._decode()
+        batch = [self.active[row] for row in rows]
+        self.tokens[rows, self.lengths[rows]] = token_ids
+        self.lengths[rows] += 1
         self._counts["steps"] += 1
-        n = len(self.active)
-        missing = self.lengths[:n] - self.kv_lengths[:n]
-        if self.capabilities.deterministic:
-            self._advance_fixed(missing)
-        elif (missing > 1).any():
-            rows = np.flatnonzero(missing > 1)
-            self._advance(rows, torch.from_numpy(rows), missing[rows])
-        else:
-            self._advance(np.arange(n), slice(0, n), missing)
+        self._counts["sampled_tokens"] += len(batch)
+        for running, token_id, logprob in zip(batch, token_ids, logprobs, strict=True):
+            self._take(running, token_id, logprob)
 
-    def _advance(self, rows: np.ndarray[Any, Any], index: slice | torch.Tensor, count: np.ndarray[Any, Any]) -> None:
-        """Compute the missing KV of rows and sample one token for each."""
-        start = self.kv_lengths[rows]
-        width = int(count.max())
-        columns = np.minimum(start[:, None] + np.arange(width), self.context_tokens)
-        tokens = self.tokens[rows[:, None], columns]
-        logits = self.decoder.forward(
-            index, torch.from_numpy(tokens), torch.from_numpy(start), torch.from_numpy(np.asarray(count))
-        )
-        self.kv_lengths[rows] = self.lengths[rows]
-        self._draw(rows, logits)
+    def _decode(self) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
+        """A token and its logprob for every row."""
+        rows = np.arange(len(self.active))
+        params = [r.request.sampling for r in self.active]
+        token_ids, logprobs = sample(self._forward(), params, self._uniforms(rows))
+        return rows, token_ids, logprobs
 
-    def _advance_fixed(self, missing: np.ndarray[Any, Any]) -> None:
-        """One token of KV for every row, idle ones included; rows whose KV is complete then sample."""
+    def _decode_fixed(self) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
+        """One token of KV for every row, idle ones included; a token and its logprob for rows whose KV is complete."""
+        missing = self.lengths[: len(self.active)] - self.kv_lengths[: len(self.active)]
         start = np.minimum(self.kv_lengths[: self.max_sequences], self.context_tokens - 1)
         tokens = self.tokens[np.arange(self.max_sequences), start]
         logits = self.decoder.forward_fixed(torch.from_numpy(tokens), torch.from_numpy(start))
         self.kv_lengths[: len(missing)] += 1
-        self._draw(np.flatnonzero(missing == 1), logits)
+        rows = np.flatnonzero(missing == 1)
+        params = [IDLE] * self.max_sequences  # logprobs too are computed in one shape
+        draws = np.zeros(self.max_sequences)
+        draws[rows] = self._uniforms(rows)
+        for row in rows.tolist():
+            params[row] = self.active[row].request.sampling
+        token_ids, logprobs = sample(logits, params, draws)
+        return rows, [token_ids[row] for row in rows], [logprobs[row] for row in rows]
+
+    def _uniforms(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """One draw per row, from its request's seed and how far it is."""
+        seeds = np.array([self.active[r].request.sampling.seed & 0xFFFFFFFFFFFFFFFF for r in rows], dtype=np.uint64)
+        return uniforms(seeds, self.lengths[rows].astype(np.uint64))
 
     def _require_equal_rows(self) -> None:
         """The same tokens in every row must give the same bits in every row: then a row's place does not matter."""
@@ -255,43 +269,42 @@ class TorchEngine:
                     "Choose an engine.max_sequences that is a multiple of 16, or leave engine.deterministic off",
                 )
 
-    def _draw(self, rows: np.ndarray[Any, Any], logits: torch.Tensor) -> None:
-        """Sample one token for each of some rows.
+    def _forward(self) -> torch.Tensor:
+        """Compute the missing KV of all rows; returns the logits after each row's last token, [active, vocab]."""
+        n = len(self.active)
+        lengths, present = self.lengths[:n], self.kv_lengths[:n]
+        count = lengths - present
+        ends = np.cumsum(count)
+        rows = np.repeat(np.arange(n), count)
+        positions = np.arange(ends[-1]) - (ends - lengths)[rows]
+        logits = self.decoder.forward(
+            *(torch.from_numpy(a).to(self.decoder.device) for a in (self.tokens[rows, positions], rows, positions)),
+            self._spans(count),
+            torch.from_numpy(ends - 1).to(self.decoder.device),
+        )
+        present[:] = lengths
+        return logits
 
-        Args:
-            rows: int64 [n].
-            logits: float32 [n, vocab], one per row; or, in deterministic mode, [max_sequences, vocab], one per place.
-        """
-        if not len(rows):
-            return
-        batch = [self.active[row] for row in rows]
-        seeds = np.array([r.request.sampling.seed & 0xFFFFFFFFFFFFFFFF for r in batch], dtype=np.uint64)
-        counters = self.lengths[rows].astype(np.uint64)
-        params = [r.request.sampling for r in batch]
-        draws = uniforms(seeds, counters)
-        if self.capabilities.deterministic:  # logprobs too are computed in one shape
-            every = [IDLE] * self.max_sequences
-            places = np.zeros(self.max_sequences)
-            places[rows] = draws
-            for row, one in zip(rows, params, strict=True):
-                every[row] = one
-            all_ids, all_logprobs = sample(logits, every, places)
-            token_ids, logprobs = [all_ids[row] for row in rows], [all_logprobs[row] for row in rows]
-        else:
-            token_ids, logprobs = sample(logits, params, draws)
-        self.tokens[rows, self.lengths[rows]] = token_ids
-        self.lengths[rows] += 1
-        self._counts["sampled_tokens"] += len(batch)
-        for running, token_id, logprob in zip(batch, token_ids, logprobs, strict=True):
-            running.pending_ids.append(token_id)
-            running.pending_logprobs.append(logprob)
-            running.sampled += 1
-            if token_id in running.request.sampling.stop_ids:
-                self._release(running, FinishReason.STOP)
-            elif running.sampled >= running.max_new:
-                self._release(running, FinishReason.LENGTH)
-            elif len(running.pending_ids) >= self.stream_interval:
-                self._flush(running)
+    def _spans(self, count: np.ndarray[Any, Any]) -> list[Span]:
+        """Cut the rows where the cohort changes, and around every row with more than one token to compute."""
+        n = len(count)
+        wide = count > 1
+        cuts = np.flatnonzero((self.cohorts[1:n] != self.cohorts[: n - 1]) | wide[1:] | wide[:-1]) + 1
+        edges = [0, *cuts.tolist(), n]
+        ends = np.maximum.reduceat(self.lengths[:n], edges[:-1]).tolist()
+        return [Span(a, b - a, int(count[a]), end) for (a, b), end in zip(itertools.pairwise(edges), ends, strict=True)]
+
+    def _take(self, running: Running, token_id: int, logprob: float) -> None:
+        """Hand a sampled token to its request, which may end with it."""
+        running.pending_ids.append(token_id)
+        running.pending_logprobs.append(logprob)
+        running.sampled += 1
+        if token_id in running.request.sampling.stop_ids:
+            self._release(running, FinishReason.STOP)
+        elif running.sampled >= running.max_new:
+            self._release(running, FinishReason.LENGTH)
+        elif len(running.pending_ids) >= self.stream_interval:
+            self._flush(running)
 
     def _admit(self) -> None:
         while self.waiting and len(self.active) < self.max_sequences:
@@ -300,14 +313,46 @@ class TorchEngine:
                 self._finish(running, FinishReason.ABORTED)
                 continue
             prompt = np.asarray(running.request.prompt_ids, dtype=np.int64)
-            row = running.row = len(self.active)
-            self.active.append(running)
+            row = self._open_row(running, (len(prompt) - self._counts["steps"]) // COHORT_TOKENS)
             running.cached = self._reuse_prefix(row, prompt)
             self.tokens[row, : len(prompt)] = prompt
             self.lengths[row] = len(prompt)
             self.kv_lengths[row] = running.cached
             self._counts["prompt_tokens"] += len(prompt)
             self._counts["cached_tokens"] += running.cached
+
+    def _open_row(self, running: Running, cohort: int) -> int:
+        """Make room at the end of a cohort: the first row of every later cohort moves to that cohort's end."""
+        row = len(self.active)
+        self.active.append(running)
+        firsts = np.flatnonzero(np.diff(self.cohorts[:row], prepend=np.iinfo(np.int64).max))
+        for first in firsts[::-1].tolist():
+            if self.cohorts[first] >= cohort:
+                break
+            self._move_row(first, row)
+            row = first
+        self.active[row] = running
+        running.row = row
+        self.cohorts[row] = cohort
+        self.lengths[row] = self.kv_lengths[row] = 0
+        return row
+
+    def _close_row(self, row: int) -> None:
+        """Close a gap: the last row of its cohort moves into it, and so on to the last cohort."""
+        n = len(self.active)
+        lasts = np.flatnonzero(np.diff(self.cohorts[:n], append=np.iinfo(np.int64).min))
+        for last in lasts[lasts >= row].tolist():
+            if last != row:
+                self._move_row(last, row)
+                row = last
+        self.active.pop()
+        self.lengths[row] = self.kv_lengths[row] = 0
+
+    def _move_row(self, source: int, target: int) -> None:
+        self._copy(source, target)
+        self.cohorts[target] = self.cohorts[source]
+        self.active[target] = self.active[source]
+        self.active[target].row = target
 
     def _reuse_prefix(self, row: int, prompt: np.ndarray[Any, Any]) -> int:
         """Copy the longest computed prefix of the prompt into the row; returns its length.
@@ -327,16 +372,11 @@ class TorchEngine:
         self.last_used[source] = self._clock
         return common
 
-    def _release(self, running: _Running, reason: FinishReason) -> None:
-        """Take a request out of its row; its KV moves to a cache slot, the last active row moves into the gap."""
-        row, last = running.row, len(self.active) - 1
-        self._retire(row)
-        if row != last:
-            self._move(last, row)
-            self.active[row] = self.active[last]
-            self.active[row].row = row
-        self.active.pop()
-        self.lengths[last] = self.kv_lengths[last] = 0
+    def _release(self, running: Running, reason: FinishReason) -> None:
+        """Take a request out of its row; its KV goes to a cache slot where it may be of use again."""
+        if running.request.resumes:
+            self._retire(running.row)
+        self._close_row(running.row)
         self._finish(running, reason)
 
     def _retire(self, row: int) -> None:
@@ -344,18 +384,18 @@ class TorchEngine:
         first = self.max_sequences
         if first < len(self.lengths) and self.kv_lengths[row] >= MIN_REUSED_TOKENS:
             slot = first + int(self.last_used[first:].argmin())
-            self._move(row, slot)
+            self._copy(row, slot)
             self._clock += 1
             self.last_used[slot] = self._clock
 
-    def _move(self, source: int, target: int) -> None:
+    def _copy(self, source: int, target: int) -> None:
         length = int(self.lengths[source])
         self.decoder.copy_slot(source, target, int(self.kv_lengths[source]))
         self.tokens[target, :length] = self.tokens[source, :length]
         self.lengths[target] = length
         self.kv_lengths[target] = self.kv_lengths[source]
 
-    def _flush(self, running: _Running, finish: FinishReason | None = None, error: str = "") -> None:
+    def _flush(self, running: Running, finish: FinishReason | None = None, error: str = "") -> None:
         if running.pending_ids or finish is not None:
             running.chunks.append(
                 Chunk(
@@ -371,7 +411,7 @@ class TorchEngine:
             running.pending_logprobs.clear()
             running.ready.set()
 
-    def _finish(self, running: _Running, reason: FinishReason, error: str = "") -> None:
+    def _finish(self, running: Running, reason: FinishReason, error: str = "") -> None:
         running.finished = True
         self.by_id.pop(running.request.request_id, None)
         self._flush(running, reason, error)
