@@ -25,6 +25,7 @@ class RolloutWorker:
     def __init__(self, config: Config, checkpoint: str, worker_id: str) -> None:
         import torch
 
+        self.worker_id = worker_id  # first: Ray prints it with whatever fails below
         torch.set_num_threads(1)
         task = load_task(config.task)
         tokenizer = task.load_tokenizer(checkpoint)
@@ -32,7 +33,6 @@ class RolloutWorker:
         self.protocol = task.protocol(tokenizer)
         self.engine: Engine = build_engine(config.engine, checkpoint)
         self.bounds = bounds_of(config.bounds)
-        self.worker_id = worker_id
         self.started = 0
 
     async def ready(self) -> str:
