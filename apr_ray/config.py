@@ -209,7 +209,11 @@ class EngineConfig(Section):
     stream_interval: Positive = 16
     """Tokens per streamed chunk."""
     deterministic: bool = False
-    """A request's tokens and logprobs do not depend, to the last bit, on what else is in the batch (torch only)."""
+    """A request's tokens and logprobs do not depend, to the last bit, on what else is in the batch (torch only).
+
+    Measured on 2 CPU cores, a model of 0.4 M parameters, 40 tokens of prompt: 1.9 times slower when all 64
+    `max_sequences` are in use, 8 times when 4 are: every step computes all rows. Keep `max_sequences` near what runs.
+    """
 
 
 class RolloutConfig(Section):

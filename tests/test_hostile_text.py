@@ -105,16 +105,16 @@ def insert(text: str, rng: random.Random) -> str:
     return text[:at] + what + text[at:]
 
 
-def spawn(text: str, rng: random.Random) -> str:
+def spawn(text: str, rng: random.Random, level: int = 1) -> str:
     """A spawn block at the end: mostly of nodes that are there, mostly closed, at times after another."""
     text = text if rng.random() < 0.2 else text.partition(SPAWN_OPEN)[0]
     nodes = re.findall(r"Generated Node (#[\d,]+)", text) or ["#0,0"]
     odd = ["#0,7", "#0", "#" + "0," * 40 + "0"]
     chosen = [rng.choice(odd if rng.random() < 0.1 else nodes) for _ in range(rng.randrange(5))]
-    level = rng.choice([1, 1, 1, 2])
+    level += rng.random() < 0.1
     lines = [f"<Start Sub Search {i} at level {level}> Moving to Node {n}" for i, n in enumerate(chosen)]
     block = "\n".join([SPAWN_OPEN, *lines, *[SPAWN_CLOSE] * rng.choice([1] * 8 + [0, 2])])
-    return text.rstrip("\n") + "\n" + block + "\n" * rng.randrange(3)
+    return text.rstrip("\n") + "\n" + block + "\n" * rng.choice([0, 1, 1, 1, 1, 1, 2])
 
 
 MUTATIONS: tuple[Callable[[str, random.Random], str], ...] = (
@@ -151,7 +151,7 @@ def token_ids(text: str, rng: random.Random) -> list[int]:
                 ids += TOKENIZER.encode(piece)
             except AprError:
                 ids += [rng.randrange(TOKENIZER.vocab_size) for _ in range(3)]
-    for _ in range(rng.choice([0, 0, 1, 5])):
+    for _ in range(rng.choice([0] * 6 + [1, 5])):
         ids.insert(rng.randrange(len(ids) + 1), rng.randrange(TOKENIZER.vocab_size))
     return ids
 
@@ -207,9 +207,11 @@ def reply_to(request: GenerateRequest, rng: random.Random, mutations: int) -> Re
     else:
         text = hostile(rng, rng.randrange(mutations + 1))
     text = "\n" + (text.partition("]\n")[2] or text)
-    text = spawn(text, rng) if rng.random() < 0.5 else text
+    thread = request.request_id.split("/")[1]
+    level = len(thread.split(".")) + 1 if thread else 1
+    text = spawn(text, rng, level) if rng.random() < 0.6 else text
     ids = [*token_ids(text, rng), TOKENIZER.eos_id]
-    return Reply(ids[: rng.choice([None, None, None, 50])], endless=rng.random() < 0.1)
+    return Reply(ids[: rng.choice([None] * 7 + [50])], endless=rng.random() < 0.05)
 
 
 def check_tree(rng: random.Random, mutations: int) -> ThreadTree:
@@ -249,7 +251,7 @@ def test_the_unharmed_texts_parse() -> None:
 
 def test_the_fuzzer_comes_everywhere() -> None:
     """Else it would prove nothing: whole trees with joins of every kind, and every way a call can end."""
-    trees = [check_tree(random.Random(seed), 4) for seed in range(400)]
+    trees = [check_tree(random.Random(seed), 4) for seed in range(1500)]
     details = {tree.detail for tree in trees if tree.outcome is Outcome.INVALID_SPAWN}
     joined = {(o, r) for t in trees for j in t.joins for o, r in zip(j.outcomes, j.reasons, strict=True)}
     assert details == SPAWN_REASONS
@@ -260,7 +262,7 @@ def test_the_fuzzer_comes_everywhere() -> None:
     }
     assert max(tree.depth for tree in trees) == 2
     assert any(call.replaced for tree in trees for call in tree.calls)
-    assert sum(bool(tree.joins) for tree in trees) > 40
+    assert sum(bool(tree.joins) for tree in trees) > 60
 
 
 @settings(max_examples=2000, deadline=None)

@@ -255,7 +255,8 @@ def _one_call(
     with torch.set_grad_enabled(bool(positions)):
         logprobs = _logprobs(policy, call, step.temperature)
     drawn = [i for i in range(len(call.sampled_ids)) if i not in call.forced]
-    off = [abs(float(logprobs[i]) - call.logprobs[i]) for i in range(len(call.sampled_ids))]
+    values = logprobs.tolist()
+    off = [abs(values[i] - call.logprobs[i]) for i in range(len(call.sampled_ids))]
     if {span.version for span in call.versions} <= {kept.version}:
         sums.recomputed += 1
         sums.deltas += [off[i] for i in drawn]
@@ -275,10 +276,10 @@ def _one_call(
             difference = towards[i] - logprobs[i]
             k3 = difference.exp() - difference - 1
             call_loss = call_loss + step.kl_coefficient * k3
-            call_kl += float(k3)
+            call_kl += float(k3.detach())
     call_loss = share * call_loss / len(positions)
     call_loss.backward()
-    sums.loss += float(call_loss)
+    sums.loss += float(call_loss.detach())
     sums.kl += share * call_kl / len(positions)
 
 

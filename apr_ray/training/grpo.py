@@ -163,7 +163,12 @@ def kept_step(
     config: Config, step: int, version: WeightVersion, made: GrpoBatch, stats: Sequence[StepStats], reference: str
 ) -> KeptStep:
     """A step as `apr-ray audit` will want to know it."""
-    grpo, first = config.grpo, stats[0] if stats else None
+    grpo = config.grpo
+    reported = None
+    if stats:
+        first = stats[0]
+        delta_mean = first.delta_sum / max(1, first.tokens)
+        reported = Reported(first.loss, first.kl, first.grad_norm, first.tokens, delta_mean, first.delta_max)
     return KeptStep(
         step=step,
         version=str(version),
@@ -174,15 +179,7 @@ def kept_step(
         max_staleness=grpo.max_staleness,
         reference=reference if grpo.kl_coefficient else "",
         dispositions={disposition.value: n for disposition, n in made.dispositions.items()},
-        reported=first
-        and Reported(
-            first.loss,
-            first.kl,
-            first.grad_norm,
-            first.tokens,
-            first.delta_sum / max(1, first.tokens),
-            first.delta_max,
-        ),
+        reported=reported,
     )
 
 

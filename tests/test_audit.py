@@ -1,0 +1,254 @@
+"""The audit against the learners' maths on trees of a real engine, and against every kind of tampering."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from apr_ray.cli import app
+from apr_ray.config import TaskConfig
+from apr_ray.core.engine import FinishReason, VersionSpan
+from apr_ray.core.errors import AprError
+from apr_ray.core.ledger import Group, ThreadTree
+from apr_ray.core.weights import WeightVersion
+from apr_ray.engines.torch_engine import TorchEngine
+from apr_ray.evaluation.audit import audit_batch
+from apr_ray.evaluation.kept_batch import KeptBatch, KeptStep, Reported, find_batch, keep_batch, read_batch
+from apr_ray.model.llama import load_policy, save_policy
+from apr_ray.rl.batches import GrpoBatch, grpo_batch
+from apr_ray.rl.losses import grpo_loss, token_logprobs
+from apr_ray.tasks.countdown.task import CountdownTask
+from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+
+CLIP, KL, TEMPERATURE = 0.2, 0.05, 1.0
+
+
+@pytest.fixture(scope="module")
+def trees(checkpoint: Path, task: CountdownTask) -> tuple[ThreadTree, ...]:
+    """Three groups of two, drawn by the embedded engine; an untrained policy solves nothing, so rewards are made up."""
+
+    async def main() -> list[ThreadTree]:
+        engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=6, cache_slots=4)
+        protocol = task.protocol(task.tokenizer())
+        return await asyncio.gather(
+            *(
+                run_tree(
+                    engine,
+                    protocol,
+                    TreeRequest(problem, sample, seed=10 * i + sample, temperature=TEMPERATURE),
+                    Bounds(max_call_tokens=60, max_tree_tokens=200),
+                    tree_id=f"t{i}{sample}",
+                )
+                for i, problem in enumerate(task.problems("train", 3, 0))
+                for sample in range(2)
+            )
+        )
+
+    rewards = (0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
+    return tuple(replace(tree, reward=r) for tree, r in zip(asyncio.run(main()), rewards, strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(
+    checkpoint: Path, task: CountdownTask, task_config: TaskConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Another policy, for the KL term to pull towards."""
+    policy: Any = load_policy(checkpoint)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.9)
+    folder = tmp_path_factory.mktemp("reference") / "policy"
+    save_policy(policy, task.tokenizer(), task_config, folder)
+    return folder
+
+
+def learn(made: GrpoBatch, checkpoint: Path, reference: Path, kl: float) -> Reported:
+    """The first inner step by `rl/`, one sequence at a time."""
+    policy: Any = load_policy(checkpoint)
+    anchor: Any = load_policy(reference)
+    parts = []
+    batch = made.batch
+    for a, b in itertools.pairwise(batch.offsets):
+        columns = (batch.tokens, batch.behaviour_logprobs, batch.advantages, batch.loss_weights)
+        tokens, old, advantages, weights = (torch.from_numpy(c[a:b])[None] for c in columns)
+        with torch.no_grad():
+            towards = token_logprobs(anchor(tokens).logits, tokens, TEMPERATURE)
+        part = grpo_loss(
+            token_logprobs(policy(tokens).logits, tokens, TEMPERATURE),
+            old,
+            advantages,
+            weights,
+            torch.zeros_like(old),
+            clip=CLIP,
+            kl_coefficient=kl,
+            reference_logprobs=towards if kl else None,
+        )
+        part.loss.backward()
+        parts.append(part)
+    trained = sum(p.tokens for p in parts)
+    return Reported(
+        loss=sum(float(p.loss.detach()) for p in parts),
+        kl=sum(p.kl for p in parts),
+        grad_norm=math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters())),
+        tokens=trained,
+        delta_mean=sum(p.delta_sum for p in parts) / trained,
+        delta_max=max(p.delta_max for p in parts),
+    )
+
+
+def keep(run: Path, trees: tuple[ThreadTree, ...], checkpoint: Path, reference: Path, kl: float, number: int) -> Path:
+    groups = [Group(trees[i].problem_key, trees[i : i + 2]) for i in range(0, len(trees), 2)]
+    made = grpo_batch(groups, skip_zero_advantage=not kl)
+    step = KeptStep(
+        step=number,
+        version="0.0",
+        group_size=2,
+        clip=CLIP,
+        kl_coefficient=kl,
+        temperature=TEMPERATURE,
+        max_staleness=0,
+        reference=str(reference) if kl else "",
+        dispositions={d.value: n for d, n in made.dispositions.items()},
+        reported=learn(made, checkpoint, reference, kl),
+    )
+    return keep_batch(run, step, trees, checkpoint, only_newest=False)
+
+
+@pytest.fixture(scope="module")
+def run(
+    trees: tuple[ThreadTree, ...], checkpoint: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that kept step 1, with a KL term, and step 2, without one."""
+    folder = tmp_path_factory.mktemp("run")
+    keep(folder, trees, checkpoint, reference, KL, 1)
+    keep(folder, trees, checkpoint, reference, 0.0, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(run: Path) -> KeptBatch:
+    return read_batch(find_batch(run, 1))
+
+
+def test_a_batch_comes_back_from_disk_as_it_was(kept: KeptBatch, trees: tuple[ThreadTree, ...]) -> None:
+    assert kept.trees == trees
+    assert kept.version == WeightVersion(0, 0)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_two_ways_to_the_same_loss_and_gradient(run: Path, step: int) -> None:
+    """The learners' maths (packed weights, `rl/`) and the audit's (the paper's sentence, call by call) agree."""
+    batch = read_batch(find_batch(run, step))
+    report = audit_batch(batch)
+    assert report.agrees, report.rows()
+    found = {finding.check: finding.found for finding in report.findings}
+    calls = sum(len(tree.calls) for tree in batch.trees)
+    assert found["calls drawn under these weights"] == f"{calls} of {calls}"
+    assert float(found["gradient norm"]) > 0.05
+    assert ("zero_advantage" in found["dispositions"]) == (step == 2)
+    assert (float(found["KL term"]) > 0.001) == (step == 1)
+
+
+def edit(kept: KeptBatch, **changes: object) -> KeptBatch:
+    """The batch with its first tree's longest call changed."""
+    tree = kept.trees[0]
+    longest = max(tree.calls, key=lambda c: len(c.sampled_ids))
+    calls = tuple(replace(c, **changes) if c is longest else c for c in tree.calls)  # type: ignore[arg-type]
+    return replace(kept, trees=(replace(tree, calls=calls), *kept.trees[1:]))
+
+
+def test_tampering_is_named(kept: KeptBatch) -> None:
+    call = max(kept.trees[0].calls, key=lambda c: len(c.sampled_ids))
+    place = next(i for i in range(len(call.sampled_ids)) if i not in call.forced)
+    wrong = (*call.sampled_ids[:place], (call.sampled_ids[place] + 7) % 57, *call.sampled_ids[place + 1 :])
+    told = kept.step.reported
+    assert told is not None
+
+    def claim(**changes: float) -> KeptBatch:
+        return replace(kept, step=replace(kept.step, reported=replace(told, **changes)))  # type: ignore[arg-type]
+
+    cases = {
+        "a token": (edit(kept, sampled_ids=wrong), "max |Δ logprob|, engine"),
+        "logprobs": (edit(kept, logprobs=tuple(lp - 0.1 for lp in call.logprobs)), "mean |Δ logprob|, learner"),
+        "a logprob too many": (edit(kept, logprobs=(*call.logprobs, 0.0)), "calls with faults in the ledger"),
+        "a logprob missing": (edit(kept, logprobs=call.logprobs[1:]), "calls with faults in the ledger"),
+        "no such token": (edit(kept, sampled_ids=(999, *call.sampled_ids[1:])), "calls with faults in the ledger"),
+        "cut": (edit(kept, finish=FinishReason.ABORTED), "trained tokens"),
+        "the future": (
+            edit(kept, versions=(VersionSpan(WeightVersion(0, 9), 0, len(wrong)),)),
+            "tokens by weight version",
+        ),
+        "stale": (edit(kept, versions=(VersionSpan(WeightVersion(1, 0), 0, len(wrong)),)), "dispositions"),
+        "rewards": (
+            replace(kept, trees=tuple(replace(t, reward=float(i % 2)) for i, t in enumerate(kept.trees))),
+            "gradient norm",
+        ),
+        "counts": (replace(kept, step=replace(kept.step, dispositions={"trained": 5})), "… add up to"),
+        "tokens": (claim(tokens=told.tokens + 1), "trained tokens"),
+        "loss": (claim(loss=told.loss + 0.01), "loss"),
+        "KL": (claim(kl=told.kl * 1.2), "KL term"),
+        "gradient": (claim(grad_norm=told.grad_norm * 1.01), "gradient norm"),
+        "difference": (claim(delta_max=told.delta_max + 0.01), "max |Δ logprob|, learner"),
+    }
+    for name, (changed, check) in cases.items():
+        report = audit_batch(changed)
+        assert check in {f.check for f in report.findings if not f.agrees}, (name, report.rows())
+
+
+def test_the_command_exits_1_where_anything_differs(run: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    good = runner.invoke(app, ["audit", str(run), "1"])
+    assert good.exit_code == 0, good.output
+    assert "gradient norm" in good.output
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "batches" / "step-000001" / "trees.jsonl"
+    lines = file.read_text().replace('"reward":1.0', '"reward":0.0', 1)
+    file.write_text(lines)
+    bad = runner.invoke(app, ["audit", str(copy), "1"])
+    assert bad.exit_code == 1
+    assert "DIFFERS" in bad.output
+
+
+def test_what_is_missing_or_damaged_is_an_error_that_names_it(run: Path, kept: KeptBatch, tmp_path: Path) -> None:
+    with pytest.raises(AprError, match=r"no batch of step 7.*Kept are steps 1, 2"):
+        find_batch(run, 7)
+    with pytest.raises(AprError, match="None is kept"):
+        find_batch(tmp_path, 7)
+    gone = replace(kept, step=replace(kept.step, reference="nowhere"))
+    with pytest.raises(AprError, match="reference policy 'nowhere' is not there"):
+        audit_batch(gone)
+    source = find_batch(run, 1)
+    reward = source.joinpath("trees.jsonl").read_text().replace('"reward":1.0', '"reward":null')
+    for number, (name, damage, what) in enumerate(
+        (
+            ("step.json", '{"format": 1}', "malformed"),
+            ("step.json", '{"format": 99}', "format 99"),
+            ("trees.jsonl", "", "holds 0 trees"),
+            ("trees.jsonl", '{"format"', "not JSON"),
+            ("trees.jsonl", reward, "without a reward"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(source, folder)
+        (folder / name).write_text(damage)
+        with pytest.raises(AprError, match=what):
+            read_batch(folder)
+    shutil.rmtree(folder / "policy")
+    with pytest.raises(AprError, match=r"has no policy/config\.json"):
+        read_batch(folder)
+
+
+def test_only_the_newest_is_kept_where_asked(kept: KeptBatch, tmp_path: Path) -> None:
+    for number in (3, 4):
+        keep_batch(tmp_path, replace(kept.step, step=number), kept.trees, kept.policy, only_newest=True)
+    assert [p.name for p in (tmp_path / "batches").iterdir()] == ["step-000004"]
