@@ -32,9 +32,7 @@ lint: venv
 	$(BIN)/lint-imports
 
 bench: venv
-	$(BIN)/apr-ray bench engine
-	$(BIN)/apr-ray bench solver
-	$(BIN)/apr-ray bench sync
+	for name in engine learner oracle rollout solver step sync; do $(BIN)/apr-ray bench $$name --json || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -257,7 +257,7 @@ def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz 
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="engine, sync or solver.")],
+    name: Annotated[str, typer.Argument(help="engine, learner, oracle, rollout, solver, step or sync.")],
     as_json: Annotated[bool, typer.Option("--json", help="Last line: one JSON object.")] = False,
 ) -> None:
     """Measure one part against a baseline, side by side, in one run."""

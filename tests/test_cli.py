@@ -59,7 +59,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["sft", "--data", "{tmp}", "run.root={tmp}", "tracking.tracker=none"], "no Parquet files"),
         (["train", "run.root={tmp}", "run.name=a"], "no policy to begin with"),
         (["quickstart", "--fast", "--long"], "exclude each other"),
-        (["bench", "nope"], "Choose one of engine, solver, sync"),
+        (["bench", "nope"], "Choose one of engine, learner, oracle, rollout"),
         (["vectors", "{tmp}"], "is missing"),
     ],
 )

@@ -6,11 +6,13 @@ import random
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_ray.tasks.countdown.arithmetic import remaining_after
-from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets, solve
+from apr_ray.tasks.countdown.oracle import is_solvable, reachable_table, reachable_targets, solve
 
 
 def brute_force(numbers: Sequence[int]) -> set[int]:
@@ -38,6 +40,25 @@ def brute_force(numbers: Sequence[int]) -> set[int]:
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=4))
 def test_reachable_targets_equal_brute_force(numbers: list[int]) -> None:
     assert reachable_targets(numbers) == brute_force(numbers)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 4), st.data())
+def test_the_table_equals_the_sets(count: int, data: st.DataObject) -> None:
+    """Zeros, ones and the largest numbers included; several rows at once must not mix."""
+    number = st.one_of(st.integers(0, 3), st.integers(0, 99), st.integers(95, 99))
+    rows = data.draw(st.lists(st.lists(number, min_size=count, max_size=count), min_size=1, max_size=5))
+    low, high = data.draw(st.sampled_from([(0, 30), (10, 100), (900, 1100)]))
+    table = reachable_table(np.array(rows), low, high)
+    for row, flags in zip(rows, table, strict=True):
+        assert set((np.flatnonzero(flags) + low).tolist()) == {t for t in reachable_targets(row) if low <= t <= high}
+
+
+def test_the_table_refuses_what_it_cannot_do_exactly() -> None:
+    with pytest.raises(ValueError, match="use reachable_targets"):
+        reachable_table(np.array([[10**6, 10**6, 10**6, 10**6]]), 0, 10)
+    with pytest.raises(ValueError, match="use reachable_targets"):
+        reachable_table(np.ones((1, 5), dtype=int), 0, 10)
 
 
 def test_share_of_the_papers_space_that_is_solvable() -> None:

@@ -86,10 +86,14 @@ def write_demonstrations(
 
 
 def _solve_batch(batch: Any, task: TaskConfig, max_tokens: int, seed: int) -> Any:
+    the_task, tokenizer = _tools(task.model_dump_json())
+    return rows_to_table(solve_rows(the_task, tokenizer, batch.to_pylist(), max_tokens, seed))
+
+
+def rows_to_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Rows of `solve_rows` as an Arrow table in the Parquet files' schema."""
     import pyarrow as pa
 
-    the_task, tokenizer = _tools(task.model_dump_json())
-    rows = solve_rows(the_task, tokenizer, batch.to_pylist(), max_tokens, seed)
     return pa.Table.from_pylist(rows, schema=_schema())
 
 

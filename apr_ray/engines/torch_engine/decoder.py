@@ -172,7 +172,7 @@ class Decoder:
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
             qk, v = projected.view(-1, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=1)
-            q, k = _rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
+            q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
             keys, values = self.keys[layer], self.values[layer]
             keys[slots, :, positions] = k
             values[slots, :, positions] = v
@@ -243,7 +243,7 @@ class Decoder:
         return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding; x is [t, heads, size], cos and sin [t, 1, size / 2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

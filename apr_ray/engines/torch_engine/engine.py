@@ -19,7 +19,7 @@ import itertools
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ class TorchEngine:
             self._require_equal_rows()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str | Path, **options: Any) -> TorchEngine:
+    def from_checkpoint(cls, checkpoint: str | Path, **options: Any) -> Self:
         """An engine over a Hugging Face Llama checkpoint folder; options as in the constructor."""
         shape = DecoderShape.from_config(read_config(checkpoint))
         policy = load_policy(checkpoint)
@@ -277,10 +277,13 @@ class TorchEngine:
         ends = np.cumsum(count)
         rows = np.repeat(np.arange(n), count)
         positions = np.arange(ends[-1]) - (ends - lengths)[rows]
+        device = self.decoder.device
         logits = self.decoder.forward(
-            *(torch.from_numpy(a).to(self.decoder.device) for a in (self.tokens[rows, positions], rows, positions)),
+            torch.from_numpy(self.tokens[rows, positions]).to(device),
+            torch.from_numpy(rows).to(device),
+            torch.from_numpy(positions).to(device),
             self._spans(count),
-            torch.from_numpy(ends - 1).to(self.decoder.device),
+            torch.from_numpy(ends - 1).to(device),
         )
         present[:] = lengths
         return logits

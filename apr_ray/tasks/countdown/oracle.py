@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 from apr_ray.tasks.countdown.arithmetic import Operation, combine
 
@@ -21,6 +24,75 @@ def reachable_targets(numbers: Sequence[int]) -> frozenset[int]:
 def solve(numbers: Sequence[int], target: int) -> list[Operation] | None:
     """One list of operations that reaches the target, or None if there is none."""
     return _solve(tuple(sorted(numbers)), target)
+
+
+TABLE_NUMBERS = 4
+_ROWS_AT_ONCE = 256
+
+
+def reachable_table(numbers: np.ndarray[Any, Any], low: int, high: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """`reachable_targets` of many multisets at once, for targets low..high: several times as fast as one by one.
+
+    Args:
+        numbers: int [n, k], non-negative; k up to TABLE_NUMBERS.
+        low, high: both included; low is at least 0.
+
+    Returns:
+        bool [n, high - low + 1].
+
+    Raises:
+        ValueError: more numbers, or so large that floats would not be exact.
+    """
+    rows, k = numbers.shape
+    largest = max(int(numbers.max(initial=0)), 2)
+    if k > TABLE_NUMBERS or max(largest * (k - 1), largest ** max(1, k - 1), high) >= 2**53:
+        raise ValueError(f"{k} numbers up to {largest}: use reachable_targets")
+    # Exact in floats: below 2**24 (or 2**53) a quotient of integers rounds to an integer only if it is one. Results of
+    # the last operation may be rounded where they are far above `high`.
+    dtype = np.float32 if max(largest * (k - 1), largest ** max(1, k - 1), high) < 2**24 else np.float64
+    table = np.zeros((rows, high - low + 1), dtype=np.bool_)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        part = np.ascontiguousarray(numbers[start : start + _ROWS_AT_ONCE].T, dtype=dtype)
+        for values in _all_values(part):
+            where, row = np.nonzero((values >= low) & (values <= high))
+            table[start + row, values[where, row].astype(np.intp) - low] = True
+    return table
+
+
+def _all_values(numbers: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """Every value of expressions over all of k numbers, from [k, n]: arrays [some, n] with NaN where there is none."""
+    k = len(numbers)
+    values: dict[int, np.ndarray[Any, Any]] = {1 << i: numbers[i : i + 1] for i in range(k)}
+    whole = (1 << k) - 1
+    for mask in range(1, whole + 1):
+        if mask in values:
+            continue
+        made = [_combine_all(values[left], values[mask ^ left]) for left in _left_parts(mask)]
+        if mask == whole:
+            yield from made
+            return
+        values[mask] = np.concatenate(made)
+    yield values[whole]
+
+
+def _left_parts(mask: int) -> list[int]:
+    """Each split of a set into two non-empty parts once: the part without the highest member."""
+    rest = mask ^ (1 << (mask.bit_length() - 1))
+    return [part for part in range(1, rest + 1) if part & rest == part]
+
+
+def _combine_all(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Results of all four operations on every pair: [4 * p * q, n] from [p, n] and [q, n]."""
+    a, b = a[:, None], b[None]
+    out = np.empty((4, a.shape[0], b.shape[1], a.shape[2]), dtype=a.dtype)
+    np.add(a, b, out=out[0])
+    np.multiply(a, b, out=out[1])
+    np.abs(np.subtract(a, b, out=out[2]), out=out[2])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low = np.minimum(a, b)
+        quotient = np.divide(np.maximum(a, b), low, out=out[3])
+        quotient[(low == 0) | (quotient != np.floor(quotient))] = np.nan
+    return out.reshape(-1, a.shape[2])
 
 
 @lru_cache(maxsize=200_000)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import Any
 
+import numpy as np
+
 from apr_ray.core.errors import AprError
-from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
+from apr_ray.tasks.countdown.oracle import TABLE_NUMBERS, is_solvable, reachable_table, reachable_targets
 
 MAX_NUMBERS = 6
 ENUMERATED_MULTISETS = 200_000
@@ -109,10 +111,14 @@ class ProblemSpace:
     def solvable_pairs(self) -> list[CountdownProblem]:
         """Every solvable (multiset, target) pair, sorted; only for spaces small enough to enumerate."""
         targets = range(self.target_low, self.target_high + 1)
-        numbers = range(self.low, self.high + 1)
+        multisets = list(combinations_with_replacement(range(self.low, self.high + 1), self.count))
+        if self.count <= TABLE_NUMBERS:
+            table = reachable_table(np.array(multisets), self.target_low, self.target_high)
+            rows, columns = np.nonzero(table)
+            return [CountdownProblem(multisets[i], targets[j]) for i, j in zip(rows, columns, strict=True)]
         return [
             CountdownProblem(multiset, target)
-            for multiset in combinations_with_replacement(numbers, self.count)
+            for multiset in multisets
             for target in sorted(reachable_targets(multiset).intersection(targets))
         ]
 

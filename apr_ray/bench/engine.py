@@ -1,0 +1,213 @@
+"""TorchEngine against a bare decoding loop, and on thread trees against `transformers.generate` in static batches."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from apr_ray.bench.recording import (
+    Recording,
+    bench_config,
+    fresh_policy,
+    fresh_weights,
+    largest_difference,
+    new_engine,
+    record,
+    replay_trees,
+)
+from apr_ray.bench.timing import REPEATS, Result, in_turn
+from apr_ray.config import Config
+from apr_ray.core.engine import GenerateRequest, SamplingParams
+from apr_ray.core.ledger import Call, Path, ThreadTree
+from apr_ray.engines.torch_engine.decoder import Decoder, rotate
+
+
+def run(
+    sequences: int = 64, prompt_tokens: int = 32, new_tokens: int = 200, trees: int = 192, repeats: int = REPEATS
+) -> Result:
+    """`ratio`: to the bare loop, `sequences` at once; `generate_ratio`: to `generate` on trees. One thread."""
+    torch.set_num_threads(1)
+    config = bench_config()
+    bare = _against_the_bare_loop(config, sequences, prompt_tokens, new_tokens, repeats)
+    return bare | _against_generate(record(trees, config), sequences, max(1, repeats // 2))
+
+
+def _against_the_bare_loop(config: Config, n: int, prompt_tokens: int, new_tokens: int, repeats: int) -> Result:
+    shape, state = fresh_weights(config)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(2, shape.vocab, (n, prompt_tokens), generator=generator)
+    replies = torch.randint(2, shape.vocab, (n, new_tokens), generator=generator)
+    script = {tuple(p): tuple(r) for p, r in zip(prompts.tolist(), replies.tolist(), strict=True)}
+    engine = new_engine(config, script, max_sequences=n, cache_slots=0)
+    loop = BareLoop(Decoder(shape, n, prompt_tokens + new_tokens))
+    loop.decoder.load(state)
+    made: dict[str, torch.Tensor] = {}
+
+    async def one(i: int) -> list[float]:
+        asked = GenerateRequest(
+            f"r{i:04d}", tuple(prompts[i].tolist()), SamplingParams(max_new_tokens=new_tokens, seed=i)
+        )
+        return [logprob async for chunk in engine.generate(asked) for logprob in chunk.logprobs]
+
+    async def all_of_them() -> list[list[float]]:
+        return list(await asyncio.gather(*(one(i) for i in range(n))))
+
+    def ours() -> None:
+        made["engine"] = torch.tensor(asyncio.run(all_of_them()))
+
+    def bare() -> None:
+        made["loop"] = loop(prompts, replies)
+
+    times = in_turn({"engine": ours, "loop": bare}, repeats)
+    tokens = n * new_tokens
+    return {
+        "ratio": times["loop"] / times["engine"],
+        "engine_tokens_per_s": tokens / times["engine"],
+        "bare_loop_tokens_per_s": tokens / times["loop"],
+        "sequences": float(n),
+        "max_delta_logprob": float((made["engine"] - made["loop"]).abs().max()),
+    }
+
+
+class BareLoop:
+    """Decoding at its barest: stacked KV, all rows at one position, no scheduling, no sampling options, no ends."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    @torch.inference_mode()
+    def __call__(self, prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
+        """Draw a token per step, go on with the recorded one: logprobs [n, new] of `replies` after `prompts`."""
+        logprobs = []
+        fed, start = prompts, 0
+        for step in range(replies.shape[1]):
+            distribution = torch.log_softmax(self._forward(fed, start), dim=-1)
+            torch.multinomial(distribution.exp(), 1)
+            start += fed.shape[1]
+            fed = replies[:, step : step + 1]
+            logprobs.append(distribution.gather(1, fed))
+        return torch.cat(logprobs, dim=1)
+
+    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        shape = self.decoder.shape
+        heads, kv_heads, size, eps = shape.heads, shape.kv_heads, shape.head_size, shape.norm_eps
+        n, width = tokens.shape
+        end = start + width
+        cos, sin = self.decoder.cos[start:end], self.decoder.sin[start:end]
+        x = self.decoder.embed[tokens]
+        for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.decoder.layers):
+            projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, eps), qkv)
+            qk, v = projected.view(n, width, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=2)
+            q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=2)
+            keys, values = self.decoder.keys[layer], self.decoder.values[layer]
+            keys[:, :, start:end] = k.transpose(1, 2)
+            values[:, :, start:end] = v.transpose(1, 2)
+            attended = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                keys[:, :, :end],
+                values[:, :, :end],
+                is_causal=width > 1,
+                enable_gqa=heads != kv_heads,
+            )
+            x = x + F.linear(attended.transpose(1, 2).reshape(n, width, heads * size), out)
+            gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, eps), gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        return F.linear(F.rms_norm(x[:, -1], (shape.hidden,), self.decoder.final_norm, eps), self.decoder.head)
+
+
+def _against_generate(recording: Recording, batch: int, repeats: int) -> Result:
+    config = recording.config
+    policy = fresh_policy(config).eval()
+    made: dict[str, dict[tuple[str, Path], float]] = {}
+
+    def ours() -> None:
+        engine = new_engine(config, recording.replies, max_sequences=batch, cache_slots=config.engine.cache_slots)
+        made["engine"] = asyncio.run(replay_trees(engine, recording.trees, config.rollout.concurrent_trees))
+
+    def generate() -> None:
+        made["generate"] = generate_in_static_batches(policy, recording, batch)
+
+    times = in_turn({"engine": ours, "generate": generate}, repeats)
+    tokens = recording.sampled_tokens
+    return {
+        "generate_ratio": times["generate"] / times["engine"],
+        "trees": float(len(recording.trees)),
+        "trees_engine_tokens_per_s": tokens / times["engine"],
+        "trees_generate_tokens_per_s": tokens / times["generate"],
+        "trees_max_delta_logprob_per_thread": largest_difference(made["engine"], made["generate"]),
+    }
+
+
+def generate_in_static_batches(policy: Any, recording: Recording, batch: int) -> dict[tuple[str, Path], float]:
+    """All calls by `transformers.generate`, `batch` at a time, in waves: a call follows those it waits for.
+
+    A batch ends with its longest call; prompts are padded on the left. Returns each thread's sum of logprobs.
+    """
+    sums: dict[tuple[str, Path], float] = {}
+    for wave in waves(recording):
+        for start in range(0, len(wave), batch):
+            part = wave[start : start + batch]
+            for (key, call), total in zip(part, _generate([call for _, call in part], policy), strict=True):
+                sums[key, call.path] = sums.get((key, call.path), 0.0) + total
+    return sums
+
+
+def waves(recording: Recording) -> list[list[tuple[str, Call]]]:
+    """Calls, by how many others in a chain each must wait for."""
+    out: dict[int, list[tuple[str, Call]]] = {}
+    for tree in recording.trees:
+        for wave, call in _waves_of(tree, (), 0)[0]:
+            out.setdefault(wave, []).append((tree.problem_key, call))
+    return [out[wave] for wave in sorted(out)]
+
+
+def _waves_of(tree: ThreadTree, path: Path, wave: int) -> tuple[list[tuple[int, Call]], int]:
+    """A thread's calls and its descendants', each with its wave, from `wave` on; and the first wave after them."""
+    placed: list[tuple[int, Call]] = []
+    spawns = {spawn.segment: spawn.children for spawn in tree.spawns if spawn.path == path}
+    for call in [c for c in tree.calls if c.path == path]:
+        placed.append((wave, call))
+        wave += 1
+        below = [_waves_of(tree, child, wave) for child in spawns.get(call.segment, ())]
+        placed += [one for calls, _ in below for one in calls]
+        wave = max((after for _, after in below), default=wave)
+    return placed, wave
+
+
+@torch.inference_mode()
+def _generate(calls: Sequence[Call], policy: Any) -> list[float]:
+    from transformers import LogitsProcessorList
+
+    width = max(len(call.prompt_ids) for call in calls)
+    longest = max(len(call.sampled_ids) for call in calls)
+    prompts = torch.zeros((len(calls), width), dtype=torch.int64)
+    present = torch.zeros((len(calls), width), dtype=torch.int64)
+    recorded = torch.zeros((len(calls), longest), dtype=torch.int64)
+    for i, call in enumerate(calls):
+        prompts[i, width - len(call.prompt_ids) :] = torch.tensor(call.prompt_ids)
+        present[i, width - len(call.prompt_ids) :] = 1
+        recorded[i, : len(call.sampled_ids)] = torch.tensor(call.sampled_ids)
+    logprobs: list[torch.Tensor] = []
+    steps = itertools.count()
+
+    def take_recorded(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        chosen = recorded[:, next(steps)][:, None]
+        logprobs.append(torch.log_softmax(logits.float(), dim=-1).gather(1, chosen))
+        return torch.full_like(logits, -torch.inf).scatter_(1, chosen, 0.0)
+
+    policy.generate(
+        prompts,
+        attention_mask=present,
+        do_sample=True,
+        use_cache=True,
+        max_new_tokens=longest,
+        eos_token_id=None,
+        logits_processor=LogitsProcessorList([take_recorded]),
+    )
+    whole = torch.cat(logprobs, dim=1)
+    return [float(row[: len(call.sampled_ids)].sum()) for row, call in zip(whole, calls, strict=True)]

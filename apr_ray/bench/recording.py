@@ -1,0 +1,164 @@
+"""Thread trees whose every token is known beforehand, so that two systems can be timed on the very same tokens.
+
+The trees are the symbolic solver's, which a trained policy imitates: the lengths, the rounds and the children of real
+trees, without a policy to train first. `ReplayEngine` decodes them with any weights: it computes everything that
+`TorchEngine` does, then takes the recorded token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+
+from apr_ray.config import Config, load_config
+from apr_ray.core.engine import Engine, GenerateRequest, SamplingParams
+from apr_ray.core.ledger import Call, Path, ThreadTree
+from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
+from apr_ray.engines.torch_engine.decoder import DecoderShape
+from apr_ray.engines.torch_engine.engine import Running, TorchEngine
+from apr_ray.model.llama import new_policy
+from apr_ray.model.state import trainable_parameters
+from apr_ray.tasks.registry import load_task
+from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+
+Replies = Mapping[tuple[int, ...], tuple[int, ...]]
+"""What follows each prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Trees, and what makes them again: requests for the runtime, replies for a `ReplayEngine`."""
+
+    config: Config
+    requests: tuple[TreeRequest, ...]
+    replies: Replies
+    trees: tuple[ThreadTree, ...]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Over all trees."""
+        return sum(tree.total_tokens for tree in self.trees)
+
+
+def bench_config(overrides: Sequence[str] = ()) -> Config:
+    """The quickstart's settings, which all benches of trees use."""
+    return load_config([str(files("apr_ray") / "presets" / "quickstart.yaml")], overrides)
+
+
+def record(trees: int, config: Config | None = None) -> Recording:
+    """One tree per problem of the training split, by the solver's text and the runtime's rules."""
+    config = config or bench_config()
+    task = load_task(config.task)
+    tokenizer = task.tokenizer()
+    replies: dict[tuple[int, ...], tuple[int, ...]] = {}
+    requests: list[TreeRequest] = []
+    for problem in task.problems("train", 2 * trees, config.run.seed):
+        made = {
+            tuple(tokenizer.encode(s.prompt)): (*tokenizer.encode(s.completion), tokenizer.eos_id)
+            for s in task.demonstrate(problem, 0).sequences
+        }
+        if len(requests) < trees and not made.keys() & replies.keys():  # a prompt must have one reply
+            replies |= made
+            requests.append(TreeRequest(problem, seed=len(requests)))
+    bounds = Bounds(**config.bounds.model_dump())
+    context = config.model.context_tokens
+    engine = ScriptedEngine(lambda asked: Reply(replies[asked.prompt_ids]), context)
+
+    async def run() -> list[ThreadTree]:
+        return [
+            await run_tree(engine, task.protocol(tokenizer), request, bounds, tree_id=f"recorded-{i:06d}")
+            for i, request in enumerate(requests)
+        ]
+
+    return Recording(config, tuple(requests), replies, tuple(asyncio.run(run())))
+
+
+class ReplayEngine(TorchEngine):
+    """Decodes like `TorchEngine`, then takes the recorded token in place of the one drawn.
+
+    Set `replies` before the first request; a prompt without a reply, or one whose reply has ended, draws as usual.
+    """
+
+    replies: Replies
+
+    def _draw(self, batch: Sequence[Running], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        ids, _ = super()._draw(batch, logits)
+        for i, running in enumerate(batch):
+            reply = self.replies.get(running.request.prompt_ids, ())
+            if running.sampled < len(reply):
+                ids[i] = reply[running.sampled]
+        chosen = torch.tensor(ids, device=logits.device)[:, None]
+        return ids, torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0].tolist()
+
+
+def new_engine(config: Config, replies: Replies, *, max_sequences: int, cache_slots: int) -> ReplayEngine:
+    """A replaying engine with fresh weights of the config's model."""
+    engine = ReplayEngine(*fresh_weights(config), max_sequences=max_sequences, cache_slots=cache_slots)
+    engine.replies = replies
+    return engine
+
+
+def fresh_policy(config: Config) -> Any:
+    """A policy of the config's model, untrained; the same each time."""
+    return new_policy(config.model, load_task(config.task).tokenizer(), config.run.seed)
+
+
+def fresh_weights(config: Config) -> tuple[DecoderShape, dict[str, np.ndarray[Any, Any]]]:
+    """`fresh_policy` as the embedded engine takes it."""
+    policy = fresh_policy(config)
+    state = {name: tensor.detach().numpy() for name, tensor in trainable_parameters(policy)}
+    return DecoderShape.from_config(policy.config.to_dict()), state
+
+
+async def replay_trees(engine: Engine, trees: Sequence[ThreadTree], concurrent: int) -> dict[tuple[str, Path], float]:
+    """The engine's part of recorded trees and nothing else: every call as soon as those it waits for have ended.
+
+    Returns:
+        The sum of each thread's logprobs, by problem and path: two engines with the same weights agree on it.
+    """
+    places = asyncio.Semaphore(concurrent)
+    sums: dict[tuple[str, Path], float] = defaultdict(float)
+
+    async def one(number: int, tree: ThreadTree) -> None:
+        calls: dict[Path, list[Call]] = defaultdict(list)
+        for call in tree.calls:
+            calls[call.path].append(call)
+        children = {(spawn.path, spawn.segment): spawn.children for spawn in tree.spawns}
+
+        async def thread(path: Path) -> None:
+            for call in calls[path]:
+                name = f"{number:06d}/{'.'.join(map(str, path))}/{call.segment}"
+                sampling = SamplingParams(max_new_tokens=len(call.sampled_ids), seed=call.seed)
+                asked = GenerateRequest(name, call.prompt_ids, sampling, call.segment, not path)
+                async for chunk in engine.generate(asked):
+                    sums[tree.problem_key, path] += sum(chunk.logprobs)
+                await asyncio.gather(*(thread(child) for child in children.get((path, call.segment), ())))
+
+        async with places:
+            await thread(())
+
+    await asyncio.gather(*(one(number, tree) for number, tree in enumerate(trees)))
+    return dict(sums)
+
+
+def thread_sums(trees: Sequence[ThreadTree]) -> dict[tuple[str, Path], float]:
+    """What `replay_trees` returns, from trees that an engine has made."""
+    sums: dict[tuple[str, Path], float] = defaultdict(float)
+    for tree in trees:
+        for call in tree.calls:
+            sums[tree.problem_key, call.path] += sum(call.logprobs)
+    return dict(sums)
+
+
+def largest_difference(a: Mapping[tuple[str, Path], float], b: Mapping[tuple[str, Path], float]) -> float:
+    """Largest |a - b| over threads; infinite where they are not of the same threads."""
+    if a.keys() != b.keys():
+        return float("inf")
+    return max(abs(a[key] - b[key]) for key in a)

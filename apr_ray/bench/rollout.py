@@ -1,0 +1,109 @@
+"""Pool and runtime against the engine alone on the same tokens; from the last join to the parent's next tokens."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from apr_ray.bench.recording import (
+    Recording,
+    ReplayEngine,
+    Replies,
+    fresh_policy,
+    largest_difference,
+    record,
+    replay_trees,
+    thread_sums,
+)
+from apr_ray.bench.sync import private_ray
+from apr_ray.bench.timing import REPEATS, Result, in_turn
+from apr_ray.config import Config
+from apr_ray.core.ledger import Path, ThreadTree
+from apr_ray.model.llama import save_policy
+from apr_ray.rollout.pool import RolloutPool
+from apr_ray.rollout.worker import RolloutWorker
+from apr_ray.tasks.registry import load_task
+
+
+def run(trees: int = 256, repeats: int = REPEATS) -> Result:
+    """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime."""
+    import tempfile
+
+    recording = record(trees)
+    config = recording.config
+    made: dict[str, Any] = {}
+    with private_ray(), tempfile.TemporaryDirectory() as folder:
+        save_policy(fresh_policy(config), load_task(config.task).tokenizer(), config.task, f"{folder}/policy")
+        pool = replaying_pool(recording, f"{folder}/policy", workers=1)
+
+        def ours() -> None:
+            made["trees"] = [tree for _, tree in sorted(pool.run(recording.requests), key=lambda item: item[0])]
+
+        def alone() -> None:
+            made["alone"] = ray.get(pool.workers[0].replay.remote(recording.trees, config.rollout.concurrent_trees))
+
+        times = in_turn({"pool": ours, "alone": alone}, repeats)
+        pool.stop()
+    waits = join_waits_s(made["trees"])
+    return {
+        "ratio": times["alone"] / times["pool"],
+        "pool_tokens_per_s": recording.sampled_tokens / times["pool"],
+        "engine_alone_tokens_per_s": recording.sampled_tokens / times["alone"],
+        "trees": float(len(recording.trees)),
+        "joins": float(len(waits)),
+        "join_to_first_chunk_median_ms": 1000 * statistics.median(waits) if waits else 0.0,
+        "max_delta_logprob_per_thread": largest_difference(thread_sums(made["trees"]), made["alone"]),
+    }
+
+
+def replaying_pool(recording: Recording, checkpoint: str, workers: int) -> RolloutPool:
+    """A pool whose engines take the recorded tokens."""
+    config = recording.config
+    options = {
+        "num_cpus": config.rollout.cpus_per_worker,
+        "max_concurrency": config.rollout.concurrent_trees + 8,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+    }
+    replies = ray.put(recording.replies)
+    actors: list[Any] = [
+        ray.remote(ReplayWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}", replies)
+        for i in range(workers)
+    ]
+    ray.get([actor.ready.remote() for actor in actors])
+    return RolloutPool(actors, config.rollout.concurrent_trees)
+
+
+class ReplayWorker(RolloutWorker):
+    """A rollout worker over a `ReplayEngine`; it can also run the engine's part alone."""
+
+    def __init__(self, config: Config, checkpoint: str, worker_id: str, replies: Replies) -> None:
+        super().__init__(config, checkpoint, worker_id)
+        what = config.engine
+        engine = ReplayEngine.from_checkpoint(
+            checkpoint,
+            max_sequences=what.max_sequences,
+            cache_slots=what.cache_slots,
+            stream_interval=what.stream_interval,
+        )
+        engine.replies = replies
+        self.engine = engine
+
+    async def replay(self, trees: Sequence[ThreadTree], concurrent: int) -> dict[tuple[str, Path], float]:
+        """See `recording.replay_trees`."""
+        return await replay_trees(self.engine, trees, concurrent)
+
+
+def join_waits_s(trees: Sequence[ThreadTree]) -> list[float]:
+    """Per join: from the end of its last child to the first tokens that the parent gets back."""
+    waits = []
+    for tree in trees:
+        calls = {(call.path, call.segment): call for call in tree.calls}
+        for spawn in tree.spawns:
+            after = calls.get((spawn.path, spawn.segment + 1))
+            ended = [call.end_s for call in tree.calls if call.path in spawn.children]
+            if after is not None and ended:
+                waits.append(after.first_token_s - max(ended))
+    return waits
