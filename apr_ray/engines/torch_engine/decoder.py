@@ -222,7 +222,7 @@ class Decoder:
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
             qk, v = projected.view(n, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=1)
-            q, k = _rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
+            q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
             keys, values = self.keys[layer], self.values[layer]
             keys[rows, :, start] = k
             values[rows, :, start] = v
