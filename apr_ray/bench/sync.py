@@ -104,7 +104,7 @@ class Receiver:
         shape, state = fresh_weights(config)
         self.engine = TorchEngine(shape, state, max_sequences=DECODING, cache_slots=0)
         self.buffer = torch.zeros(sum(array.size for array in state.values()))
-        self.parts: list[np.ndarray[Any, Any]] = []
+        self.parts: dict[int, np.ndarray[Any, Any]] = {}
         self.stalls_s: list[float] = []
 
     async def join(self, rank: int, address: tuple[str, int]) -> None:
@@ -116,9 +116,7 @@ class Receiver:
         dist.broadcast(self.buffer, src=0)
 
     async def take(self, index: int, part: np.ndarray[Any, Any]) -> None:
-        if index == 0:
-            self.parts.clear()
-        self.parts.append(part.copy())
+        self.parts[index] = part.copy()  # calls with large arguments may come in any order
 
     async def update_weights(self, update: WeightUpdate) -> None:
         await self.engine.update_weights(update)
@@ -160,7 +158,7 @@ class Receiver:
 
     async def checksums(self) -> tuple[int, int, str]:
         """Of what gloo brought, of what came tensor by tensor, and the version that the engine runs."""
-        parts = np.concatenate([part.ravel() for part in self.parts])
+        parts = np.concatenate([self.parts[i].ravel() for i in sorted(self.parts)])
         return checksum(self.buffer.numpy()), checksum(parts), str(self.engine.version)
 
 
