@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+SGLANG_CPU = Path(__file__).parent / "sglang_cpu"
+
+
+def allow_sglang_on_a_cpu() -> None:
+    """Let this process and all it starts import SGLang without its CUDA kernels; see `tests/sglang_cpu/`."""
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SGLANG_CPU), os.environ.get("PYTHONPATH"))))
+    sys.path.append(str(SGLANG_CPU))
+    spec = importlib.util.spec_from_file_location("sglang_cpu_hook", SGLANG_CPU / "sitecustomize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+allow_sglang_on_a_cpu()
 
 from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask
