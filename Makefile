@@ -7,7 +7,7 @@ SGLANG := $(VENV)/.sglang
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv sglang quickstart test lint bench clean
+.PHONY: venv sglang quickstart test test-slow lint bench clean
 
 venv: $(READY)
 
@@ -29,6 +29,9 @@ quickstart: venv
 
 test: sglang
 	$(BIN)/pytest
+
+test-slow: sglang
+	$(BIN)/pytest -m slow
 
 lint: venv
 	$(BIN)/ruff check .

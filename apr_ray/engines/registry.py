@@ -9,9 +9,7 @@ from apr_ray.core.engine import Engine
 from apr_ray.core.errors import AprError
 
 
-def build_engine(
-    config: EngineConfig, checkpoint: str, on_death: Callable[[str], None] | None = None
-) -> Engine:
+def build_engine(config: EngineConfig, checkpoint: str, on_death: Callable[[str], None] | None = None) -> Engine:
     """The configured engine over a checkpoint. Raises AprError where it is not there to be built.
 
     `on_death` is called, from any thread, if the engine has processes of its own and loses one; it is told why.

@@ -351,7 +351,7 @@ class SGLangEngine:
             self.version = update.version
 
     async def _apply(self, update: WeightUpdate) -> None:
-        """Retract what runs, load, flush all KV, go on. Raises RuntimeError with SGLang's message where a step fails."""
+        """Retract what runs, load, flush all KV, go on. RuntimeError with SGLang's message if a step fails."""
         from sglang.srt.managers.io_struct import (
             BeginWeightUpdateReqInput,
             ContinueGenerationReqInput,
