@@ -44,7 +44,8 @@ def test_marked_processes_die_with_their_owner(how: signal.Signals | None) -> No
     process, mark, stranger = owner()
     wait_for(mark, 2)  # the shell and its sleep; the guard and the owner bear no mark
     if how is None:
-        process.communicate()
+        assert process.stdin is not None
+        process.stdin.close()
     else:
         process.send_signal(how)
     process.wait()

@@ -64,6 +64,7 @@ class _Running:
         sent: whether SGLang has it.
         held: weights changed while it ran; its tokens are kept until SGLang tells their versions.
         version: the weights in force when its present part was sent.
+        ended: its last chunk is out.
     """
 
     request: GenerateRequest
@@ -75,6 +76,7 @@ class _Running:
     sent: bool = False
     held: bool = False
     aborted: bool = False
+    ended: bool = False
     version: WeightVersion = FIRST_VERSION
     pump: asyncio.Task[None] | None = None
 
@@ -104,6 +106,8 @@ class SGLangEngine:
         ConfigError: an argument that SGLang does not know, or a context longer than the model's.
     """
 
+    capabilities = Capabilities(seeds=False, deterministic=False, in_flight_update=True, priorities=True)
+
     def __init__(
         self,
         checkpoint: str | Path,
@@ -127,7 +131,6 @@ class SGLangEngine:
         self.vocab = shape.vocab
         self.expected = shape.parameter_shapes()
         self.version = FIRST_VERSION
-        self.capabilities = Capabilities(seeds=False, deterministic=False, in_flight_update=True, priorities=True)
         self.on_death = on_death
         self.by_id: dict[str, _Running] = {}
         self._on_cuda = device == "cuda"
@@ -172,8 +175,8 @@ class SGLangEngine:
                     return
         finally:
             del self.by_id[request.request_id]
-            assert running.pump is not None
-            running.pump.cancel()  # a no-op for a finished request; else SGLang aborts it
+            if not running.ended and running.pump is not None:
+                running.pump.cancel()  # on which SGLang aborts it
 
     def _accept(self, request: GenerateRequest) -> _Running:
         self._require_alive()
@@ -269,6 +272,8 @@ class SGLangEngine:
             return FinishReason.ERROR, f"SGLang aborted the request: {ended.get('message')}"
         if ended["type"] == "length":
             return FinishReason.LENGTH, ""
+        if not isinstance(ended["matched"], int):
+            return FinishReason.ERROR, f"SGLang ended the request: {ended['matched']}"
         if ended["matched"] in running.request.sampling.stop_ids:
             return FinishReason.STOP, ""
         return (FinishReason.LENGTH, "") if sampled >= running.limit else (None, "")
@@ -282,8 +287,9 @@ class SGLangEngine:
         error: str = "",
         version: WeightVersion | None = None,
     ) -> None:
-        if not ids and finish is None:
+        if running.ended or (not ids and finish is None):
             return
+        running.ended = finish is not None
         running.ids += ids
         self._counts["sampled_tokens"] += len(ids)
         running.chunks.put_nowait(
@@ -346,6 +352,9 @@ class SGLangEngine:
             except RuntimeError as error:
                 self._die(f"SGLang failed while it took weights {update.version}: {error}")
                 raise PartDied(self._death, "Restart the worker") from error
+            except asyncio.CancelledError:
+                self._die(f"the caller gave up while SGLang took weights {update.version}")
+                raise
             finally:
                 self._open.set()
             self.version = update.version
@@ -401,11 +410,8 @@ class SGLangEngine:
         if self._closing:
             return
         self._closing = True
-        for running in list(self.by_id.values()):
-            assert running.pump is not None
-            running.pump.cancel()
-            self._emit(running, [], [], FinishReason.ABORTED)
         self._death = self._death or "the engine was closed"
+        await self._end_all(FinishReason.ABORTED, "")
         self._guard.close()
         for process in self._processes:
             process.join()
@@ -424,26 +430,28 @@ class SGLangEngine:
         if self._closing:
             return
         ended = [f"process {p.pid} ended with exit code {p.exitcode}" for p in self._processes if not p.is_alive()]
-        reason = "SGLang " + (", ".join(ended) or "lost a process")
-        if self.on_death is not None:
-            self.on_death(reason)
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._die, reason)
-        else:
-            self._death = reason
+        self._die("SGLang " + (", ".join(ended) or "lost a process"))
 
     def _die(self, reason: str) -> None:
-        """From now on nothing is accepted; what runs ends with ERROR."""
+        """From now on nothing is accepted; what runs ends with ERROR. May be called from any thread."""
         if self._death:
             return
         self._death = reason
-        self._dead.set()
-        for running in list(self.by_id.values()):
-            assert running.pump is not None
-            running.pump.cancel()
-            self._emit(running, [], [], FinishReason.ERROR, reason)
+        log.error("the SGLang engine is dead: %s", reason)
         if self.on_death is not None:
             self.on_death(reason)
+        if (loop := self._loop) is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: loop.create_task(self._end_all(FinishReason.ERROR, reason)))
+
+    async def _end_all(self, finish: FinishReason, error: str) -> None:
+        """Give every request its last chunk and stop what feeds it."""
+        self._dead.set()
+        pumps = [running.pump for running in self.by_id.values() if running.pump is not None]
+        for running in list(self.by_id.values()):
+            self._emit(running, [], [], finish, error)
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
 
     async def _or_death(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`; RuntimeError if the engine dies first, where SGLang would wait for ever."""
@@ -488,7 +496,7 @@ def _launch(arguments: dict[str, Any]) -> tuple[ProcessGuard, Any]:
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")  # SGLang reads it at import and while it runs
     with _process_settings_kept():
         try:
-            import sglang
+            from sglang.srt.entrypoints.engine import Engine
             from sglang.srt.server_args import ServerArgs
         except ModuleNotFoundError as error:
             raise AprError(
@@ -501,7 +509,7 @@ def _launch(arguments: dict[str, Any]) -> tuple[ProcessGuard, Any]:
         try:
             # The longer context holds SGLang's spare tokens only; no position beyond the model's own is ever used.
             with guard.marking(), environment({"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}):
-                engine = sglang.Engine(**{"log_level": "error", **arguments})
+                engine = Engine(**{"log_level": "error", **arguments})
         except BaseException as error:
             guard.close()
             if isinstance(error, RuntimeError | ValueError | OSError):

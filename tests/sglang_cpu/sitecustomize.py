@@ -20,16 +20,17 @@ OPERATORS = (
 class DeclareBeforeTorchvision(importlib.abc.MetaPathFinder):
     """Finds nothing itself; the first time that torchvision is asked for, it declares the operators."""
 
-    def __init__(self) -> None:
-        self.library: Any = None
-
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> None:
-        if fullname == "torchvision" and self.library is None:
+        if fullname == "torchvision" and self in sys.meta_path:
+            sys.meta_path.remove(self)
             import torch
 
-            self.library = torch.library.Library("torchvision", "DEF")
+            library = torch.library.Library("torchvision", "DEF")
             for schema in OPERATORS:
-                self.library.define(schema)
+                library.define(schema)
+            sys._torchvision_operators = library  # type: ignore[attr-defined]  # the declarations live as long as it
 
 
-sys.meta_path.insert(0, DeclareBeforeTorchvision())
+if not hasattr(sys, "_torchvision_operators"):  # pytest loads this file again, for its own process
+    sys._torchvision_operators = None  # type: ignore[attr-defined]
+    sys.meta_path.insert(0, DeclareBeforeTorchvision())
