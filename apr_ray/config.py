@@ -202,7 +202,7 @@ class EngineConfig(Section):
     def _server_args_are_free(self) -> EngineConfig:
         if self.name != "sglang" and self.server_args:
             raise ValueError(f"server_args {sorted(self.server_args)} are SGLang's, name is {self.name}")
-        for key in self.server_args.keys() & SET_BY_US.keys():
+        for key in sorted(self.server_args.keys() & SET_BY_US.keys()):
             where = f"set {SET_BY_US[key]} instead" if SET_BY_US[key] else "apr-ray sets it itself"
             raise ValueError(f"server_args.{key} may not be given: {where}")
         return self

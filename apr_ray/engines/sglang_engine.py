@@ -207,7 +207,8 @@ class SGLangEngine:
         while True:
             await self._open.wait()
             if running.aborted:
-                return self._emit(running, [], [], FinishReason.ABORTED)
+                self._emit(running, [], [], FinishReason.ABORTED)
+                return
             if await self._run_part(running):
                 return
             running.part += 1
@@ -215,7 +216,7 @@ class SGLangEngine:
     async def _run_part(self, running: _Running) -> bool:
         """Send a request, or what is left of it, to SGLang; False if it ended at an end token nobody asked for."""
         running.version, running.held, running.sent = self.version, False, True
-        before = len(running.ids)
+        before, unasked = len(running.ids), False
         outputs = self._manager.generate_request(self._sglang_request(running), None)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -235,8 +236,6 @@ class SGLangEngine:
                     self._emit_by_version(running, ids, logprobs, meta["weight_versions"], done, finish, error)
                 else:
                     self._emit(running, ids, logprobs, finish, error)
-                if unasked:
-                    break
         running.sent = False
         return not unasked
 
