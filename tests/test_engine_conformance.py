@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +52,9 @@ class Subject:
     loop: asyncio.Runner
     counter: int = 0
     requests: int = 0
-    deltas: list[float] = field(default_factory=list)
+    record: Callable[[str, object], None] = print
+    worst: float = 0.0
+    """Largest |Δ logprob| of the present test."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         async def bounded() -> T:
@@ -99,7 +101,8 @@ class Subject:
     ) -> None:
         found = np.array(logprobs_of(chunks))
         expected = reference(self.policy, prompt, sampled, temperature)[start : start + len(found)]
-        self.deltas += np.abs(found - expected).tolist()
+        self.worst = max(self.worst, float(np.abs(found - expected).max()))
+        self.record("delta", self.worst)
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
     async def until_idle(self) -> None:
@@ -170,16 +173,11 @@ def subject(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Ite
 
 
 @pytest.fixture(autouse=True)
-def row(
-    request: pytest.FixtureRequest, subject: Subject, record_property: Callable[[str, object], None]
-) -> Iterator[None]:
-    """Tell the table which check this was, of which engine, and how far its logprobs were off."""
-    seen = len(subject.deltas)
+def row(request: pytest.FixtureRequest, subject: Subject, record_property: Callable[[str, object], None]) -> None:
+    """Tell the table which check this was, of which engine, and (while it runs) how far its logprobs were off."""
+    subject.record, subject.worst = record_property, 0.0
     record_property("check", request.node.originalname.removeprefix("test_").replace("_", " "))
     record_property("engine", subject.name)
-    yield
-    if subject.deltas[seen:]:
-        record_property("delta", max(subject.deltas[seen:]))
 
 
 # --- tokens and logprobs ----------------------------------------------------------------------------------------------
