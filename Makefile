@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SGLANG := $(VENV)/.sglang
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv quickstart test test-slow lint bench clean
+.PHONY: venv sglang quickstart test test-slow lint bench clean
 
 venv: $(READY)
 
@@ -16,13 +17,20 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+# SGLang on the CPU, for tests: without its CUDA dependencies.
+sglang: $(SGLANG)
+
+$(SGLANG): $(READY) constraints-sglang.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-sglang.txt
+	touch $(SGLANG)
+
 quickstart: venv
 	$(BIN)/apr-ray quickstart
 
-test: venv
-	$(BIN)/pytest -m "not slow"
+test: sglang
+	$(BIN)/pytest
 
-test-slow: venv
+test-slow: sglang
 	$(BIN)/pytest -m slow
 
 lint: venv

@@ -195,6 +195,32 @@ class BoundsConfig(Section):
     """Abort the siblings of a child that solved; they join as "Cancelled"."""
 
 
+SET_BY_US = {
+    "context_length": "engine.context_tokens",
+    "device": "engine.device",
+    "dtype": "engine.dtype",
+    "max_running_requests": "engine.max_sequences",
+    "max_total_tokens": "engine.kv_tokens",
+    "stream_interval": "engine.stream_interval",
+    **dict.fromkeys(
+        (
+            "custom_sigquit_handler",
+            "disable_priority_preemption",
+            "dp_size",
+            "enable_priority_scheduling",
+            "incremental_streaming_output",
+            "model_path",
+            "schedule_low_priority_values_first",
+            "skip_tokenizer_init",
+            "tokenizer_worker_num",
+            "weight_version",
+        ),
+        "",
+    ),
+}
+"""Arguments of SGLang's engine that `engine.server_args` may not hold, and the key that sets them; "" if none does."""
+
+
 class EngineConfig(Section):
     """The inference engine of each rollout worker."""
 
@@ -203,7 +229,7 @@ class EngineConfig(Section):
     max_sequences: Positive = 64
     """Requests that decode side by side; more wait."""
     cache_slots: Count = 64
-    """Ended requests whose KV is kept for reuse."""
+    """Ended requests whose KV the torch engine keeps; SGLang keeps what fits into `kv_tokens`."""
     context_tokens: Positive | None = None
     """Defaults to the model's."""
     stream_interval: Positive = 16
@@ -214,6 +240,29 @@ class EngineConfig(Section):
     Measured on 2 CPU cores, a model of 0.4 M parameters, 40 tokens of prompt: 1.9 times slower when all 64
     `max_sequences` are in use, 8 times when 4 are: every step computes all rows. Keep `max_sequences` near what runs.
     """
+    device: Literal["cpu", "cuda"] | None = None
+    """What the engine finds by default; the torch engine runs on the CPU."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of SGLang's weights and KV; the torch engine computes in float32."""
+    kv_tokens: Positive | None = None
+    """Tokens whose KV SGLang holds: what fits into the GPU by default, on a CPU `max_sequences` full contexts."""
+    server_args: dict[str, Any] = {}
+    """Further arguments of SGLang's engine, passed on as they are."""
+
+    @model_validator(mode="after")
+    def _server_args_are_free(self) -> EngineConfig:
+        if self.name != "sglang" and self.server_args:
+            raise ValueError(f"server_args {sorted(self.server_args)} are SGLang's, name is {self.name}")
+        for key in sorted(self.server_args.keys() & SET_BY_US.keys()):
+            where = f"set {SET_BY_US[key]} instead" if SET_BY_US[key] else "apr-ray sets it itself"
+            raise ValueError(f"server_args.{key} may not be given: {where}")
+        return self
+
+    @model_validator(mode="after")
+    def _torch_is_float32_on_the_cpu(self) -> EngineConfig:
+        if self.name == "torch" and (self.dtype != "float32" or self.device == "cuda"):
+            raise ValueError(f"the torch engine computes in float32 on the CPU, not in {self.dtype} on {self.device}")
+        return self
 
 
 class RolloutConfig(Section):

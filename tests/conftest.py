@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(  # Ray's workers import the second task from here
@@ -17,6 +20,7 @@ from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
 
+SGLANG_CPU = Path(__file__).parent / "sglang_cpu"
 TASK = {
     "space": {"count": 3, "low": 1, "high": 12, "target_low": 1, "target_high": 60, "heldout_fraction": 0.2},
     "solver": {"beam_low": 1, "beam_high": 3, "child_beam_high": 4, "promising": 0.7},
@@ -84,3 +88,62 @@ def ray_local() -> Iterator[None]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+def pytest_configure() -> None:
+    allow_sglang_on_a_cpu()
+
+
+def allow_sglang_on_a_cpu() -> None:
+    """Let this process and all it starts import SGLang without its CUDA kernels; see `tests/sglang_cpu/`."""
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SGLANG_CPU), os.environ.get("PYTHONPATH"))))
+    sys.path.append(str(SGLANG_CPU))
+    spec = importlib.util.spec_from_file_location("sglang_cpu_hook", SGLANG_CPU / "sitecustomize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance-table", metavar="FILE", help="also write the engines' table to a Markdown file")
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    """The conformance table: every check of `test_engine_conformance.py` by engine."""
+    table = conformance_table(terminalreporter)
+    if table:
+        terminalreporter.section("engine conformance")
+        terminalreporter.write_line(table)
+        if file := config.getoption("--conformance-table"):
+            Path(file).write_text(table + "\n")
+
+
+def conformance_table(reporter: TerminalReporter) -> str:
+    """Markdown; "" where no such test ran. A check with several cases passes if all do."""
+    cells: dict[str, dict[str, str]] = {}
+    deltas: dict[str, float] = {}
+    engines: list[str] = []
+    for outcome in ("passed", "failed", "error"):
+        for report in reporter.stats.get(outcome, []):
+            properties = dict(report.user_properties)
+            if "check" not in properties or (outcome == "passed" and report.when != "call"):
+                continue
+            check, engine = str(properties["check"]), str(properties["engine"])
+            row = cells.setdefault(check, {})
+            row[engine] = (
+                "n/a" if outcome == "passed" and "n/a" in properties else {"passed": "pass"}.get(outcome, "FAIL")
+            )
+            if engine not in engines:
+                engines.append(engine)
+            deltas[engine] = max(deltas.get(engine, 0.0), float(properties.get("delta", 0.0)))
+    if not cells:
+        return ""
+    lines = ["| check | " + " | ".join(engines) + " |", "|---|" + "---|" * len(engines)]
+    lines += [
+        f"| {check} | " + " | ".join(row.get(e, "not run") for e in engines) + " |" for check, row in cells.items()
+    ]
+    lines.append(
+        "| largest \\|Δ logprob\\| to transformers | " + " | ".join(f"{deltas[e]:.1e}" for e in engines) + " |"
+    )
+    return "\n".join(lines)

@@ -15,14 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
-from apr_ray.core.errors import AprError, WeightsRejected
-from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
+from apr_ray.core.engine import Chunk, GenerateRequest, SamplingParams
+from apr_ray.core.errors import AprError
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.engines.torch_engine import engine as engine_module
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
 from apr_ray.model.llama import load_policy
-from apr_ray.model.state import checksum, pack_weights, trainable_parameters
 
 VOCAB = 57
 
@@ -129,44 +127,6 @@ def check_a_batch_mix(checkpoint: Path, policy: Any, data: st.DataObject) -> Non
     assert not engine.by_id
 
 
-def test_a_stop_id_ends_the_call_and_is_part_of_it(checkpoint: Path, policy: Any) -> None:
-    prompt = [5, 6, 7, 8]
-    tokens = greedy(policy, prompt, 12)
-    stop = tokens[3]
-    (chunks,) = run_all(engine_of(checkpoint), [request("a", prompt, 12, stop_ids=frozenset({stop}))])
-    assert ids_of(chunks) == tokens[: tokens.index(stop) + 1]
-    assert chunks[-1].finish is FinishReason.STOP
-
-
-def test_tokens_stream_before_the_end(checkpoint: Path) -> None:
-    (chunks,) = run_all(engine_of(checkpoint), [request("a", [5, 6, 7], 23)])
-    assert [len(c.token_ids) for c in chunks] == [5, 5, 5, 5, 3]
-    assert [c.finish for c in chunks] == [None] * 4 + [FinishReason.LENGTH]
-
-
-def test_a_seed_gives_the_same_tokens_alone_and_in_company(checkpoint: Path) -> None:
-    """Up to the rounding of the batch's matrix products, which this small model's margins outweigh."""
-    alone = run_all(engine_of(checkpoint), [request("a", [9, 8, 7], 20, 1.0, seed=3)])[0]
-    company = [request(f"b{i}", [4 + i] * (i + 1), 15, 1.0, seed=i) for i in range(8)]
-    crowd = run_all(engine_of(checkpoint), [*company, request("a", [9, 8, 7], 20, 1.0, seed=3)])[-1]
-    other = run_all(engine_of(checkpoint), [request("a", [9, 8, 7], 20, 1.0, seed=4)])[0]
-    assert ids_of(alone) == ids_of(crowd)
-    assert ids_of(alone) != ids_of(other)
-
-
-def test_a_resumed_parent_prefills_only_what_is_new(checkpoint: Path) -> None:
-    engine = engine_of(checkpoint)
-    prompt = list(range(2, 32))
-    (first,) = run_all(engine, [request("parent-0", prompt, 10)])
-    made = ids_of(first)
-    again = [*prompt, *made[:6], (made[6] + 1) % VOCAB, 41, 42]
-    (second,) = run_all(engine, [request("parent-1", again, 5)])
-    assert second[0].cached_tokens == len(prompt) + 6
-    np.testing.assert_allclose(
-        logprobs_of(second), reference(load_policy(checkpoint), again, ids_of(second), 1.0), atol=1e-4
-    )
-
-
 def test_rows_of_like_length_attend_together(checkpoint: Path) -> None:
     """Long and short requests come and go at different times, and stand in cohorts of their own all the while."""
     engine = CheckedEngine.from_checkpoint(checkpoint, max_sequences=8, cache_slots=0)
@@ -202,66 +162,6 @@ def test_the_cache_never_changes_a_result(checkpoint: Path) -> None:
     cached, plain = engine_of(checkpoint, cache_slots=8), engine_of(checkpoint, cache_slots=0)
     assert [ids_of(c) for c in run_all(cached, asked)] == [ids_of(c) for c in run_all(plain, asked)]
     assert cached.stats().cached_tokens > plain.stats().cached_tokens
-
-
-def test_abort_frees_the_slot_at_the_next_step(checkpoint: Path) -> None:
-    async def main() -> None:
-        engine = engine_of(checkpoint, max_sequences=1)
-        long = asyncio.create_task(collect(engine, request("tree-1/a", [5, 6], 700)))
-        waiting = asyncio.create_task(collect(engine, request("tree-10/a", [7, 8], 3)))
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert engine.stats().active_requests == 1
-        await engine.abort("tree-1/")
-        chunks = await long
-        assert chunks[-1].finish is FinishReason.ABORTED
-        assert (await waiting)[-1].finish is FinishReason.LENGTH, "a prefix hit a stranger"
-        assert engine.stats().active_requests == 0
-
-    asyncio.run(main())
-
-
-def test_closing_the_stream_aborts(checkpoint: Path) -> None:
-    async def main() -> None:
-        engine = engine_of(checkpoint)
-        stream = engine.generate(request("a", [5, 6], 700))
-        await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert engine.stats().active_requests == 0
-
-    asyncio.run(main())
-
-
-def test_a_higher_priority_is_admitted_first(checkpoint: Path) -> None:
-    async def main() -> list[str]:
-        engine = engine_of(checkpoint, max_sequences=1)
-        order: list[str] = []
-
-        async def one(name: str, priority: int) -> None:
-            await collect(engine, request(name, [5, 6], 3, priority=priority))
-            order.append(name)
-
-        await asyncio.gather(one("root-1", 0), one("root-2", 0), one("resumed", 1))
-        return order
-
-    assert asyncio.run(main()) == ["resumed", "root-1", "root-2"]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "what"),
-    [([], "empty prompt"), ([2] * 768, "leaves no room"), ([2, 57], "outside 0..56"), ([-1], "outside")],
-)
-def test_a_prompt_that_cannot_run_is_refused(checkpoint: Path, prompt: list[int], what: str) -> None:
-    with pytest.raises(AprError, match=what):
-        run_all(engine_of(checkpoint), [request("a", prompt)])
-
-
-def test_the_context_ends_a_call(checkpoint: Path) -> None:
-    (chunks,) = run_all(engine_of(checkpoint, context_tokens=20), [request("a", [5] * 15, 100)])
-    assert len(ids_of(chunks)) == 5
-    assert chunks[-1].finish is FinishReason.LENGTH
 
 
 # --- deterministic mode -----------------------------------------------------------------------------------------------
@@ -332,117 +232,6 @@ def test_deterministic_mode_refuses_a_machine_whose_rows_differ(
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def update_of(policy: Any, scale: float = 1.0, version: WeightVersion = WeightVersion(0, 1)) -> WeightUpdate:  # noqa: B008
-    return pack_weights([(n, p * scale) for n, p in trainable_parameters(policy)], version)
-
-
-def test_after_an_update_tokens_are_those_of_the_new_weights(checkpoint: Path, policy: Any) -> None:
-    engine = engine_of(checkpoint)
-    prompt = [5, 6, 7, 8, 9, 10]
-    run_all(engine, [request("a", prompt, 10)])
-    asyncio.run(engine.update_weights(update_of(policy, 1.3)))
-    (chunks,) = run_all(engine, [request("b", prompt, 10, 1.0)])
-    scaled = load_policy(checkpoint)
-    with torch.no_grad():
-        for parameter in scaled.parameters():
-            parameter.mul_(1.3)
-    np.testing.assert_allclose(logprobs_of(chunks), reference(scaled, prompt, ids_of(chunks), 1.0), atol=1e-4)
-    assert chunks[0].cached_tokens == 0, "KV of old weights was served"
-    assert {c.version for c in chunks} == {WeightVersion(0, 1)}
-
-
-def test_an_update_in_flight_is_exact_on_both_sides(checkpoint: Path, policy: Any) -> None:
-    async def main() -> list[Chunk]:
-        engine = engine_of(checkpoint)
-        task = asyncio.create_task(collect(engine, request("a", prompt, 30, 1.0)))
-        for _ in range(13):
-            await asyncio.sleep(0)
-        await engine.update_weights(update_of(policy, 1.3))
-        return await task
-
-    prompt = [5, 6, 7, 8]
-    chunks = asyncio.run(main())
-    old = [c for c in chunks if c.version == WeightVersion(0, 0)]
-    new = [c for c in chunks if c.version == WeightVersion(0, 1)]
-    assert old
-    assert new
-    scaled = load_policy(checkpoint)
-    with torch.no_grad():
-        for parameter in scaled.parameters():
-            parameter.mul_(1.3)
-    sampled, cut = ids_of(chunks), len(ids_of(old))
-    np.testing.assert_allclose(logprobs_of(old), reference(policy, prompt, sampled, 1.0)[:cut], atol=1e-4)
-    np.testing.assert_allclose(logprobs_of(new), reference(scaled, prompt, sampled, 1.0)[cut:], atol=1e-4)
-
-
-def broken(update: WeightUpdate, how: str) -> WeightUpdate:
-    specs, flat = list(update.specs), update.flat.copy()
-    if how == "stale":
-        return replace(update, version=WeightVersion(0, 0))
-    if how == "missing":
-        specs.pop(3)
-    elif how == "unknown":
-        specs[3] = replace(specs[3], name="model.extra")
-    elif how == "shape":
-        specs[0] = TensorSpec(specs[0].name, specs[0].shape[::-1], specs[0].offset)
-    elif how == "nan":
-        flat[17] = np.nan
-    elif how == "infinite":
-        flat[-1] = np.inf
-    elif how == "dtype":
-        return replace(update, flat=flat.astype(np.float64))
-    elif how == "short":
-        flat = flat[:-1]
-    elif how == "twice":
-        specs.append(specs[0])
-    elif how == "checksum":
-        flat[5] += 1
-        return replace(update, flat=flat)
-    return replace(update, specs=tuple(specs), flat=flat, checksum=checksum(flat))
-
-
-@pytest.mark.parametrize(
-    ("how", "what"),
-    [
-        ("stale", "already runs"),
-        ("missing", "is missing"),
-        ("unknown", "is unknown|is missing"),
-        ("shape", "has shape"),
-        ("nan", "not finite"),
-        ("infinite", "not finite"),
-        ("dtype", "float64"),
-        ("short", "buffer holds"),
-        ("twice", "named twice"),
-        ("checksum", "checksum"),
-    ],
-)
-def test_a_faulty_update_is_refused_before_a_byte_is_applied(
-    checkpoint: Path, policy: Any, how: str, what: str
-) -> None:
-    engine = engine_of(checkpoint)
-    before = run_all(engine, [request("a", [5, 6, 7], 10, 1.0)])[0]
-    with pytest.raises(WeightsRejected, match=what):
-        asyncio.run(engine.update_weights(broken(update_of(policy, 1.3), how)))
-    after = run_all(engine, [request("b", [5, 6, 7], 10, 1.0)])[0]
-    assert (ids_of(before), engine.version) == (ids_of(after), WeightVersion(0, 0))
-    np.testing.assert_allclose(logprobs_of(before), logprobs_of(after), atol=1e-6)
-
-
-def test_untied_embeddings_and_grouped_heads(tmp_path: Path, task: Any, task_config: Any) -> None:
-    from apr_ray.config import ModelConfig
-    from apr_ray.model.llama import new_policy, save_policy
-
-    model = ModelConfig(
-        hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=40, context_tokens=64, tied_embeddings=False,
-        initializer_range=0.25,
-    )  # fmt: skip
-    save_policy(new_policy(model, task.tokenizer(), 1), task.tokenizer(), task_config, tmp_path / "p")
-    policy = load_policy(tmp_path / "p")
-    (chunks,) = run_all(engine_of(tmp_path / "p"), [request("a", [5, 6, 7, 8], 12)])
-    assert ids_of(chunks) == greedy(policy, [5, 6, 7, 8], 12)
-    np.testing.assert_allclose(logprobs_of(chunks), reference(policy, [5, 6, 7, 8], ids_of(chunks), 1.0), atol=1e-4)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

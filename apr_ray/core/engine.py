@@ -116,12 +116,12 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine started."""
+    """Counters since the engine started. `steps` is None where the engine does not tell."""
 
     prompt_tokens: int
     cached_tokens: int
     sampled_tokens: int
-    steps: int
+    steps: int | None
     active_requests: int
     waiting_requests: int
 

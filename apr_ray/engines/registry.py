@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from apr_ray.config import EngineConfig
 from apr_ray.core.engine import Engine
 from apr_ray.core.errors import AprError
 
 
-def build_engine(config: EngineConfig, checkpoint: str) -> Engine:
-    """The configured engine over a checkpoint. Raises AprError where it is not there to be built."""
+def build_engine(config: EngineConfig, checkpoint: str, on_death: Callable[[str], None] | None = None) -> Engine:
+    """The configured engine over a checkpoint. Raises AprError where it is not there to be built.
+
+    `on_death` is called, from any thread, if the engine has processes of its own and loses one; it is told why.
+    """
     if config.name == "torch":
         from apr_ray.engines.torch_engine import TorchEngine
 
@@ -20,4 +25,18 @@ def build_engine(config: EngineConfig, checkpoint: str) -> Engine:
             stream_interval=config.stream_interval,
             deterministic=config.deterministic,
         )
-    raise AprError(f"engine {config.name!r} is not part of this version", "Use engine.name=torch, the embedded engine")
+    if config.name == "sglang":
+        from apr_ray.engines.sglang_engine import SGLangEngine
+
+        return SGLangEngine(
+            checkpoint,
+            max_sequences=config.max_sequences,
+            context_tokens=config.context_tokens,
+            stream_interval=config.stream_interval,
+            kv_tokens=config.kv_tokens,
+            device=config.device,
+            dtype=config.dtype,
+            server_args=config.server_args,
+            on_death=on_death,
+        )
+    raise AprError(f"engine {config.name!r} is not part of this version", "Use engine.name=torch or engine.name=sglang")

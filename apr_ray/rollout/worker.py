@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 
 from apr_ray.config import BoundsConfig, Config
@@ -13,10 +15,18 @@ from apr_ray.model.llama import require_vocabulary
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
 
+log = logging.getLogger(__name__)
+
 
 def bounds_of(config: BoundsConfig) -> Bounds:
     """The runtime's bounds from the configured ones."""
     return Bounds(**config.model_dump())
+
+
+def _exit_with_engine(reason: str) -> None:
+    """End this process: an actor that outlives its engine would hold its place and answer nothing."""
+    log.critical("the rollout worker ends with its engine: %s", reason)
+    os._exit(1)
 
 
 class RolloutWorker:
@@ -31,7 +41,7 @@ class RolloutWorker:
         tokenizer = task.load_tokenizer(checkpoint)
         require_vocabulary(checkpoint, tokenizer)
         self.protocol = task.protocol(tokenizer)
-        self.engine: Engine = build_engine(config.engine, checkpoint)
+        self.engine: Engine = build_engine(config.engine, checkpoint, _exit_with_engine)
         self.bounds = bounds_of(config.bounds)
         self.started = 0
 

@@ -1,0 +1,369 @@
+"""What `SGLangEngine` makes of SGLang's answers, good and bad, with a scripted SGLang in place of the real one.
+
+The real one is held to the same interface as every engine in `test_engine_conformance.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from apr_ray.config import EngineConfig, load_config
+from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
+from apr_ray.core.errors import AprError, ConfigError, PartDied
+from apr_ray.core.weights import WeightVersion
+from apr_ray.engines import sglang_engine
+from apr_ray.engines.registry import build_engine
+from apr_ray.engines.sglang_engine import SGLangEngine
+from apr_ray.model.llama import load_policy
+from apr_ray.model.state import pack_weights, trainable_parameters
+
+STOP, END = 9, 1
+Output = dict[str, Any]
+
+
+def output(
+    ids: list[int], finish: dict[str, Any] | None = None, spans: list[tuple[str, int, int]] | None = None
+) -> Output:
+    """As SGLang streams: all tokens of the request so far, each time."""
+    meta: dict[str, Any] = {
+        "finish_reason": finish,
+        "cached_tokens": 2,
+        "output_token_logprobs": [(-float(i), i, None) for i in ids],
+    }
+    if spans is not None:
+        meta["weight_versions"] = [{"version": v, "start": s, "end": e} for v, s, e in spans]
+    return {"output_ids": ids, "meta_info": meta}
+
+
+class ScriptedSGLang:
+    """A tokenizer manager: `answers[n]` are the outputs of the n-th request that it gets; None waits for `go_on`."""
+
+    def __init__(self, *answers: list[Output | None]) -> None:
+        self.answers = list(answers)
+        self.go_on = asyncio.Event()
+        self.requests: list[Any] = []
+        self.sent: list[Any] = []
+        self.steps: list[str] = []
+        self.failing = ""
+        self.asyncio_tasks: set[Any] = set()
+        self.recv_from_detokenizer = self.send_to_scheduler = SimpleNamespace(close=lambda linger: None)
+        reading, self.life = os.pipe()
+        self.process = SimpleNamespace(
+            sentinel=reading, pid=4242, exitcode=-9, is_alive=lambda: False, join=lambda: None
+        )
+        self._subprocess_watchdog = SimpleNamespace(stop=lambda: None, _processes=[self.process])
+
+    async def generate_request(self, request: Any, http: None) -> AsyncIterator[Output]:
+        self.requests.append(request)
+        for answer in self.answers.pop(0):
+            if answer is None:
+                await self.go_on.wait()
+            else:
+                yield answer
+
+    def _dispatch_to_scheduler(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def step(self, name: str) -> tuple[bool, str]:
+        self.steps.append(name)
+        await asyncio.sleep(0)
+        return name != self.failing, "disk on fire"
+
+    async def pause_generation(self, request: Any) -> None:
+        await self.step(f"pause {request.mode}")
+
+    async def begin_weight_update(self, request: Any) -> tuple[bool, str]:
+        return await self.step("begin_weight_update")
+
+    async def update_weights_from_tensor(self, request: Any) -> tuple[bool, str]:
+        return await self.step("update_weights_from_tensor")
+
+    async def end_weight_update(self, request: Any) -> tuple[bool, str]:
+        return await self.step("end_weight_update")
+
+    async def continue_generation(self, request: Any) -> None:
+        await self.step("continue")
+
+
+@pytest.fixture
+def engine_over(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Callable[..., SGLangEngine]:
+    def make(manager: ScriptedSGLang, **options: Any) -> SGLangEngine:
+        engine = SimpleNamespace(
+            tokenizer_manager=manager,
+            server_args=SimpleNamespace(tp_size=1),
+            shutdown=lambda: None,
+            send_to_rpc=manager.send_to_scheduler,
+        )
+        guard = SimpleNamespace(close=lambda: None)
+        monkeypatch.setattr(sglang_engine, "_launch", lambda arguments: (guard, engine))
+        return SGLangEngine(checkpoint, device="cpu", **options)
+
+    return make
+
+
+def request(name: str = "a", tokens: int = 8) -> GenerateRequest:
+    return GenerateRequest(name, (5, 6, 7), SamplingParams(1.0, max_new_tokens=tokens, stop_ids=frozenset({STOP})))
+
+
+async def collect(engine: SGLangEngine, asked: GenerateRequest | None = None) -> list[Chunk]:
+    return [chunk async for chunk in engine.generate(asked or request())]
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(60):
+            return await work
+
+    return asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+def ids_of(chunks: list[Chunk]) -> list[tuple[int, ...]]:
+    return [c.token_ids for c in chunks]
+
+
+def test_what_is_streamed_is_cut_into_what_is_new(engine_over: Callable[..., SGLangEngine]) -> None:
+    stop = {"type": "stop", "matched": STOP}
+    manager = ScriptedSGLang([output([3]), output([3, 4, 5]), output([3, 4, 5, STOP], stop)])
+    chunks = run(collect(engine_over(manager)))
+    assert ids_of(chunks) == [(3,), (4, 5), (STOP,)]
+    assert [c.logprobs for c in chunks] == [(-3.0,), (-4.0, -5.0), (-float(STOP),)]
+    assert [c.finish for c in chunks] == [None, None, FinishReason.STOP]
+    assert chunks[0].cached_tokens == 2
+
+
+def test_an_end_token_that_was_not_asked_for_is_gone_on_from(engine_over: Callable[..., SGLangEngine]) -> None:
+    unasked = {"type": "stop", "matched": END}
+    manager = ScriptedSGLang([output([3, END], unasked)], [output([4, END], unasked)])
+    chunks = run(collect(engine_over(manager), request(tokens=4)))
+    assert sum(ids_of(chunks), ()) == (3, END, 4, END)
+    assert [c.finish for c in chunks] == [None, FinishReason.LENGTH]
+    first, second = manager.requests
+    assert second.input_ids == [*first.input_ids, 3, END]
+    assert second.sampling_params["max_new_tokens"] == 2
+    assert not second.rid.startswith(first.rid), "aborting the first would abort the second"
+
+
+@pytest.mark.parametrize(
+    ("finish", "what"),
+    [
+        ({"type": "abort", "message": "out of memory", "status_code": 500}, "out of memory"),
+        ({"type": "stop", "matched": "NaN happened"}, "NaN happened"),
+    ],
+)
+def test_what_sglang_ends_by_itself_is_an_error(
+    engine_over: Callable[..., SGLangEngine], finish: dict[str, Any], what: str
+) -> None:
+    (chunk,) = run(collect(engine_over(ScriptedSGLang([output([3], finish)]))))
+    assert (chunk.finish, chunk.token_ids) == (FinishReason.ERROR, (3,))
+    assert what in chunk.error
+
+
+def test_an_abort_is_one_message_and_ends_what_waits_too(engine_over: Callable[..., SGLangEngine]) -> None:
+    aborted = {"type": "abort", "message": ""}
+    manager = ScriptedSGLang(*([output([3]), None, output([3], aborted)] for _ in range(3)))
+
+    async def main() -> list[list[Chunk]]:
+        engine = engine_over(manager)
+        tasks = [asyncio.create_task(collect(engine, request(f"tree-1/{i:03d}"))) for i in range(3)]
+        await until(lambda: len(manager.requests) == 3)
+        await engine.abort("tree-1/")
+        await engine.abort("tree-2/")
+        manager.go_on.set()
+        return list(await asyncio.gather(*tasks))
+
+    assert [c[-1].finish for c in run(main())] == [FinishReason.ABORTED] * 3
+    assert [m.rid for m in manager.sent] == ["tree-1/"]
+
+
+def test_no_request_id_is_the_beginning_of_another(engine_over: Callable[..., SGLangEngine]) -> None:
+    length = {"type": "length"}
+    manager = ScriptedSGLang([output([3], length)], [output([3], length)])
+
+    async def main() -> None:
+        engine = engine_over(manager)
+        await asyncio.gather(collect(engine, request("a-1")), collect(engine, request("a-10")))
+        with pytest.raises(AprError, match="holds a '#'"):
+            await collect(engine, request("a#"))
+
+    run(main())
+    first, second = (r.rid for r in manager.requests)
+    assert not first.startswith(second)
+    assert not second.startswith(first)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def update(checkpoint: Path) -> Any:
+    return pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
+
+
+def test_tokens_around_an_update_are_held_back_and_cut_at_the_version(
+    engine_over: Callable[..., SGLangEngine], checkpoint: Path
+) -> None:
+    """SGLang says only at the end that tokens 0 to 3 were of the old version; one chunk of them was out already."""
+    spans = [("0.0", 0, 3), ("0.1", 3, 5)]
+    manager = ScriptedSGLang(
+        [output([3]), None, output([3, 4, 5, 6]), output([3, 4, 5, 6, STOP], {"type": "stop", "matched": STOP}, spans)]
+    )
+
+    async def main() -> list[Chunk]:
+        engine = engine_over(manager)
+        task = asyncio.create_task(collect(engine))
+        await until(lambda: engine.stats().active_requests == 1)
+        await engine.update_weights(update(checkpoint))
+        manager.go_on.set()
+        assert engine.version == WeightVersion(0, 1)
+        return await task
+
+    chunks = run(main())
+    assert ids_of(chunks) == [(3,), (4, 5), (6, STOP), ()]
+    assert [c.version.counter for c in chunks] == [0, 0, 1, 1]
+    assert chunks[-1].finish is FinishReason.STOP
+    assert manager.steps == [
+        "pause retract", "begin_weight_update", "update_weights_from_tensor", "end_weight_update", "continue"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", ["begin_weight_update", "update_weights_from_tensor", "end_weight_update"])
+def test_a_step_that_reports_failure_ends_the_engine(
+    engine_over: Callable[..., SGLangEngine], checkpoint: Path, step: str
+) -> None:
+    """Whatever was applied cannot be taken back: nothing may be sampled from it."""
+    manager = ScriptedSGLang([output([3]), None])
+    manager.failing = step
+    told: list[str] = []
+
+    async def main() -> list[Chunk]:
+        engine = engine_over(manager, on_death=told.append)
+        task = asyncio.create_task(collect(engine))
+        await until(lambda: engine.stats().active_requests == 1)
+        with pytest.raises(PartDied, match=f"{step}: disk on fire"):
+            await engine.update_weights(update(checkpoint))
+        with pytest.raises(PartDied, match="disk on fire"):
+            await collect(engine, request("later"))
+        return await task
+
+    chunks = run(main())
+    assert chunks[-1].finish is FinishReason.ERROR
+    assert "disk on fire" in chunks[-1].error
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("updating", [False, True])
+def test_a_process_that_ends_is_told_and_ends_what_runs(
+    engine_over: Callable[..., SGLangEngine], checkpoint: Path, updating: bool
+) -> None:
+    """Also an update, which SGLang would let wait for ever."""
+    manager = ScriptedSGLang([output([3]), None])
+    told: list[str] = []
+
+    async def never(name: str) -> tuple[bool, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    manager.step = never  # type: ignore[method-assign]
+
+    async def main() -> list[Chunk]:
+        engine = engine_over(manager, on_death=told.append)
+        task = asyncio.create_task(collect(engine))
+        await until(lambda: engine.stats().active_requests == 1)
+        swap = asyncio.create_task(engine.update_weights(update(checkpoint))) if updating else None
+        await asyncio.sleep(0)
+        os.close(manager.life)
+        if swap is not None:
+            with pytest.raises(PartDied, match="exit code -9"):
+                await swap
+        return await task
+
+    chunks = run(main())
+    assert chunks[-1].finish is FinishReason.ERROR
+    assert "process 4242 ended with exit code -9" in chunks[-1].error
+    assert len(told) == 1
+
+
+# --- what is refused before anything starts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.server_args={model_path: x}", "server_args.model_path may not be given: apr-ray sets it itself"),
+        ("engine.server_args={context_length: 5}", "set engine.context_tokens instead"),
+    ],
+)
+def test_arguments_that_apr_ray_sets_are_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["engine.name=sglang", override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.server_args={chunked_prefill_size: 64}", "are SGLang's, name is torch"),
+        ("engine.dtype=bfloat16", "computes in float32 on the CPU, not in bfloat16"),
+        ("engine.device=cuda", "not in float32 on cuda"),
+    ],
+)
+def test_the_torch_engine_takes_none_of_sglangs_keys(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override])
+    assert message in str(caught.value)
+
+
+def test_an_argument_that_sglang_does_not_know_is_named_with_its_neighbour(checkpoint: Path) -> None:
+    config = EngineConfig(name="sglang", device="cpu", server_args={"chunked_prefil_size": 64})
+    with pytest.raises(
+        ConfigError, match=r"chunked_prefil_size is not an argument.*Did you mean 'chunked_prefill_size'"
+    ):
+        build_engine(config, str(checkpoint))
+
+
+def test_a_kv_pool_smaller_than_one_request_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_tokens is 100, one full request needs 774"):
+        build_engine(EngineConfig(name="sglang", device="cpu", kv_tokens=100), str(checkpoint))
+
+
+def test_a_missing_sglang_is_named_with_what_to_install(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sglang.srt.entrypoints.engine", None)
+    with pytest.raises(AprError, match=r"is not installed\. Install SGLang 0.5.23: pip install 'apr-ray\[sglang\]'"):
+        build_engine(EngineConfig(name="sglang", device="cpu"), str(checkpoint))
+
+
+def test_sglang_is_imported_only_when_an_engine_is_built() -> None:
+    code = "import sys, apr_ray, apr_ray.engines.sglang_engine; sys.exit('sglang' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_start_that_fails_leaves_no_process(checkpoint: Path, tmp_path: Path) -> None:
+    """A truncated weight file: the scheduler dies, this process does not, and nothing is left."""
+    import shutil
+
+    import psutil
+
+    broken = tmp_path / "policy"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    with pytest.raises(AprError, match="SGLang did not start"):
+        build_engine(EngineConfig(name="sglang", device="cpu", max_sequences=2), str(broken))
+    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    assert [p for p in left if "resource_tracker" not in " ".join(p.cmdline())] == []
