@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -228,10 +228,12 @@ class TorchEngine:
 
     def _decode(self) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
         """A token and its logprob for every row."""
-        rows = np.arange(len(self.active))
-        params = [r.request.sampling for r in self.active]
-        token_ids, logprobs = sample(self._forward(), params, self._uniforms(rows))
-        return rows, token_ids, logprobs
+        token_ids, logprobs = self._draw(list(self.active), self._forward())
+        return np.arange(len(token_ids)), token_ids, logprobs
+
+    def _draw(self, batch: Sequence[Running], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        """A token and its logprob for each of the first rows, from their logits [n, vocab]."""
+        return sample(logits, [r.request.sampling for r in batch], self._uniforms(np.arange(len(batch))))
 
     def _decode_fixed(self) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
         """One token of KV for every row, idle ones included; a token and its logprob for rows whose KV is complete."""
