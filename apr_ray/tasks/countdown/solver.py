@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome
@@ -55,6 +56,7 @@ class SolverOptions:
     promising: float = 0.9
     usual_beam: int = 1
     usual_share: float = 0.0
+    order: Literal["heuristic", "enumerated"] = "heuristic"
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_low <= self.beam_high:
@@ -138,8 +140,10 @@ def heuristic(numbers: Sequence[int], target: int) -> int:
     return sum(_distance(number, target) for number in numbers)
 
 
-def _successors(state: State, beam: int, rng: random.Random) -> list[tuple[int, Operation, tuple[int, ...]]]:
-    """The `beam` best successors as (heuristic, operation, numbers), in the shuffled order they are written in."""
+def _successors(
+    state: State, beam: int, rng: random.Random, order: str
+) -> list[tuple[int, Operation, tuple[int, ...]]]:
+    """The `beam` best successors as (heuristic, operation, numbers), in the order they are written in."""
     numbers, target = state.numbers, state.target
     found = []
     distances = [_distance(n, target) for n in numbers]
@@ -150,8 +154,12 @@ def _successors(state: State, beam: int, rng: random.Random) -> list[tuple[int, 
             base = total - distances[i] - distances[j]
             for a, op, b, result in combine(numbers[i], numbers[j]):
                 found.append((base + _distance(result, target), a, op, b, result, rest))
-    best = heapq.nsmallest(beam, found, key=lambda item: item[0])
-    rng.shuffle(best)
+    if order == "heuristic":
+        best = heapq.nsmallest(beam, found, key=lambda item: item[0])
+        rng.shuffle(best)
+    else:
+        kept = sorted(heapq.nsmallest(beam, range(len(found)), key=lambda i: found[i][0]))
+        best = [found[i] for i in kept]
     return [(score, Operation(a, op, b, result), (*rest, result)) for score, a, op, b, result, rest in best]
 
 
@@ -173,10 +181,11 @@ def _restated(trail: Sequence[tuple[Node, State]], last: Operation, target: int)
 class _Search:
     """One thread's search, written line by line into `out`."""
 
-    def __init__(self, start: _Point, beam: int, rng: random.Random) -> None:
+    def __init__(self, start: _Point, beam: int, rng: random.Random, order: str) -> None:
         self.start = start
         self.beam = beam
         self.rng = rng
+        self.order = order
         self.out: list[str] = []
         self.heap: list[tuple[int, int, _Point]] = [(0, 0, start)]
         self.pushed = 0
@@ -197,7 +206,7 @@ class _Search:
         generated: list[tuple[int, _Point]] = []
         target = point.state.target
         trail = (*point.trail, (point.node, point.state))
-        for score, operation, numbers in _successors(point.state, self.beam, self.rng):
+        for score, operation, numbers in _successors(point.state, self.beam, self.rng, self.order):
             write(Explore(operation, numbers).text())
             if len(numbers) > 1:
                 node = (*point.node, len(generated))
@@ -211,15 +220,21 @@ class _Search:
                 write(f"{numbers[0]},{target}{UNEQUAL}")
         return generated, None
 
+    def searched(self, generated: Sequence[tuple[int, _Point]]) -> list[_Point]:
+        """Successors in the order in which they are searched or spawned."""
+        if self.order == "heuristic":
+            generated = sorted(generated, key=lambda item: item[0])
+        return [point for _, point in generated]
+
     def text(self) -> str:
         return "".join(line + "\n" for line in self.out)
 
 
 def _child_search(
-    start: _Point, beam: int, rng: random.Random
+    start: _Point, beam: int, rng: random.Random, order: str
 ) -> tuple[str, tuple[tuple[Node, State], ...], Operation | None]:
     """A child's whole completion (without its two prompt lines), and the path and last operation of its solution."""
-    search = _Search(_Point(start.node, start.state, ()), beam, rng)
+    search = _Search(_Point(start.node, start.state, ()), beam, rng, order)
     first = True
     while search.heap:
         for point in search.batches():
@@ -240,15 +255,20 @@ def solve_apr(problem: CountdownProblem, solver_seed: int, options: SolverOption
     rng = rng_for(problem, solver_seed)
     beam = options.draw_beam(rng)
     child_beam = rng.randint(beam, options.child_beam_high)
-    return solve_apr_with(problem, beam, child_beam, options.promising, rng)
+    return solve_apr_with(problem, beam, child_beam, options.promising, rng, options.order)
 
 
 def solve_apr_with(
-    problem: CountdownProblem, beam: int, child_beam: int, promising: float, rng: random.Random
+    problem: CountdownProblem,
+    beam: int,
+    child_beam: int,
+    promising: float,
+    rng: random.Random,
+    order: str = "heuristic",
 ) -> AprTrace:
     """`solve_apr` with beams already drawn."""
     target = problem.target
-    search = _Search(_Point(ROOT, root_state(problem), ()), beam, rng)
+    search = _Search(_Point(ROOT, root_state(problem), ()), beam, rng, order)
     prompt = child_prompt(ROOT, root_state(problem))
     context = prompt + "\n"  # what the parent's next call is given; the first prompt itself ends without a newline
     segments: list[tuple[str, str]] = []
@@ -267,11 +287,11 @@ def solve_apr_with(
             if len(generated) <= 1 or rng.random() >= promising:
                 search.push(generated)
                 continue
-            ordered = sorted(generated, key=lambda item: item[0])
-            nodes = [child.node for _, child in ordered]
+            spawned = search.searched(generated)
+            nodes = [child.node for child in spawned]
             segments.append((prompt, _after(prompt, search.text() + spawn_block(nodes, 1))))
-            searched = [_child_search(child, child_beam, rng) for _, child in ordered]
-            prompts = [child_prompt(child.node, child.state) for _, child in ordered]
+            searched = [_child_search(child, child_beam, rng, order) for child in spawned]
+            prompts = [child_prompt(child.node, child.state) for child in spawned]
             rounds.append(tuple((p, "\n" + text) for p, (text, _, _) in zip(prompts, searched, strict=True)))
             results = [
                 ChildResult(JoinOutcome.NO_SOLUTION)
@@ -282,7 +302,7 @@ def solve_apr_with(
             context += search.text() + join_block(nodes, results, 1)
             prompt = context
             search.out.clear()
-            for (_, child), (_, trail, won) in zip(ordered, searched, strict=True):
+            for child, (_, trail, won) in zip(spawned, searched, strict=True):
                 if won is not None:
                     whole = (*child.trail, *trail)
                     text = f"{target},{target}{EQUAL}\n" + _restated(whole, won, target)
@@ -305,13 +325,15 @@ def solve_sosp(
     beam = options.draw_beam(rng)
     start = _Point(ROOT, root_state(problem), ())
     out: list[str] = []
-    solved = _search_sosp(start, 0, beam, options.promising, rng, out)
+    solved = _search_sosp(start, 0, beam, options, rng, out)
     return start.state.text(), "\n" + "".join(line + "\n" for line in out), solved
 
 
-def _search_sosp(start: _Point, level: int, beam: int, promising: float, rng: random.Random, out: list[str]) -> bool:
+def _search_sosp(
+    start: _Point, level: int, beam: int, options: SolverOptions, rng: random.Random, out: list[str]
+) -> bool:
     """Write one (sub) search after its "Current State" line; a failed one ends in "No solution found."."""
-    search = _Search(start, beam, rng)
+    search = _Search(start, beam, rng, options.order)
     search.out = out
     first = True
     while search.heap:
@@ -324,12 +346,12 @@ def _search_sosp(start: _Point, level: int, beam: int, promising: float, rng: ra
                 trail = (*point.trail, (point.node, point.state))
                 out += _restated(trail, last, point.state.target).removesuffix("\n").split("\n")
                 return True
-            if not generated or rng.random() >= promising:
+            if not generated or rng.random() >= options.promising:
                 search.push(generated)
                 continue
-            for _, child in sorted(generated, key=lambda item: item[0]):
+            for child in search.searched(generated):
                 out += [SubSearch(level + 1, child.node).text(), child.state.text()]
-                solved = _search_sosp(child, level + 1, beam, promising, rng, out)
+                solved = _search_sosp(child, level + 1, beam, options, rng, out)
                 out.append(ExitSubSearch(level + 1).text())
                 if solved:
                     return True
