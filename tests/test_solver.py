@@ -166,3 +166,24 @@ def test_budgets_say_what_a_demonstration_came_to() -> None:
         assert 0 <= budget.amount - len(sosp.tokenizer().encode(body)) < 512
         bins.add(budget.amount % 512)
     assert bins == {0}
+
+
+def test_enumerated_order_leaves_only_the_width_to_chance() -> None:
+    """The same text whatever the seed, once beams are drawn; wider searches contain the narrower ones' operations."""
+
+    def explored(text: str) -> list[str]:
+        return [line for line in text.split("\n") if line.startswith("Exploring")]
+
+    for problem in problems(60):
+        made = {
+            beam: {
+                solve_apr_with(problem, beam, 15, 1.0, random.Random(seed), "enumerated").segments[0][1]
+                for seed in range(3)
+            }
+            for beam in (3, 6)
+        }
+        assert all(len(texts) == 1 for texts in made.values())
+        narrow, wide = (explored(next(iter(made[beam]))) for beam in (3, 6))
+        assert [line for line in wide if line in narrow] == narrow
+        block = [line for line in next(iter(made[6])).split("\n") if line.startswith("<Start Sub Search")]
+        assert block == [f"<Start Sub Search {i} at level 1> Moving to Node #0,{i}" for i in range(len(block))]
