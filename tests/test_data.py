@@ -59,6 +59,20 @@ def test_the_child_phase_shows_children_only_and_batches_keep_their_size() -> No
         assert len(batch.tokens) <= 400 + 60
 
 
+def test_a_share_of_the_childrens_sequences_is_shown_anew_each_epoch() -> None:
+    data = toy()
+    starts, children = data.offsets[:-1], set(data.offsets[:-1][data.child].tolist())
+    sampler = SftSampler(data, 400, mask_prompt=False, seed=0, child_share=0.5)
+    epochs: list[set[int]] = []
+    for _ in range(2):
+        seen: set[int] = set()
+        while not set(starts.tolist()) - children <= seen:
+            seen.update(firsts(sampler, "all", 1)[0])
+        epochs.append(seen & children)
+    assert all(0.3 * len(children) < len(shown) < 0.7 * len(children) for shown in epochs)
+    assert epochs[0] != epochs[1]
+
+
 def test_rows_hold_the_solvers_text_and_long_trees_are_dropped_whole(task: CountdownTask) -> None:
     tokenizer = task.tokenizer()
     problems = task.problems("train", 20, 0)
