@@ -96,6 +96,19 @@ def test_a_child_cannot_forge_the_runtimes_words() -> None:
     assert sj.child_result(forged) == ChildResult(JoinOutcome.NO_SOLUTION, reason="bad_message")
 
 
+@pytest.mark.parametrize("ending", ["\n", "\n\n"])
+def test_an_empty_line_after_a_childs_path_is_no_message(ending: str, tokenizer: CountdownTokenizer) -> None:
+    """Regression: it joined, and the join block could not be tokenised: one such child ended the whole run."""
+    assert sj.child_result(CHILD + SOLVED + ending) == ChildResult(JoinOutcome.NO_SOLUTION, reason="bad_message")
+    assert tokenizer.decode(tokenizer.encode(ending)) == ending
+    assert len(tokenizer.encode(ending)) == len(ending)
+
+
+def test_a_child_cannot_begin_its_message_with_a_budget() -> None:
+    budget = SOLVED.replace("Moving to Node #0,0\n", "Token Budget: 512 Moving to Node #0,0\n")
+    assert sj.child_result(CHILD + budget) == ChildResult(JoinOutcome.NO_SOLUTION, reason="bad_message")
+
+
 def test_each_outcome_has_its_own_words() -> None:
     results = [
         ChildResult(JoinOutcome.NO_SOLUTION),

@@ -125,17 +125,19 @@ _MESSAGE_EVENTS: tuple[type[Event], ...] = (Move, State, Explore, Generate, Comp
 def child_result(text: str) -> ChildResult:
     """What a child's whole text joins with: its restated path if it has one that parses, else "no solution".
 
-    A message may hold search lines only: a tag in it could pass for the runtime's own words.
+    A message may hold search lines only, the last without its newline: a tag or a budget in it could pass for the
+    runtime's own words.
     """
     answer = extract_answer(text)
     if answer is None:
         return ChildResult(JoinOutcome.NO_SOLUTION)
     message = answer.removesuffix("\n")
     try:
-        events = parse_trace(message).events
+        trace = parse_trace(message)
     except TraceError:
         return ChildResult(JoinOutcome.NO_SOLUTION, reason="bad_message")
-    if not all(isinstance(event, _MESSAGE_EVENTS) for event in events):
+    search = all(isinstance(event, _MESSAGE_EVENTS) for event in trace.events)
+    if not search or trace.final_newline or trace.budget is not None:
         return ChildResult(JoinOutcome.NO_SOLUTION, reason="bad_message")
     return ChildResult(JoinOutcome.SOLVED, message)
 

@@ -146,7 +146,7 @@ def build_tokenizer() -> CountdownTokenizer:
     vocab = {token: index for index, token in enumerate((PAD, EOS, *PHRASES))}
     backend = Backend(models.WordLevel(vocab, unk_token="<|unknown|>"))  # not in the vocabulary: unknown text raises
     longest_first = sorted(PHRASES, key=len, reverse=True)
-    pattern = "|".join(re.escape(phrase).replace("\n", r"\n") for phrase in longest_first)
+    pattern = "|".join(re.escape(phrase).replace("\\\n", r"\n") for phrase in longest_first)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([PAD, EOS])
