@@ -513,7 +513,6 @@ def _launch(arguments: dict[str, Any]) -> tuple[ProcessGuard, Any]:
                 engine = Engine(**{"log_level": "error", **arguments})
         except BaseException as error:
             guard.close()
-            multiprocessing.active_children()  # reaps the dead ones
             for context in _zmq_contexts() - sockets_before:
                 context.destroy(linger=0)
             if isinstance(error, RuntimeError | ValueError | OSError):
