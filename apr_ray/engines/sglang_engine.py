@@ -23,6 +23,7 @@ import asyncio
 import atexit
 import contextlib
 import difflib
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -505,16 +506,27 @@ def _launch(arguments: dict[str, Any]) -> tuple[ProcessGuard, Any]:
         _refuse_unknown(arguments, ServerArgs)
         multiprocessing.resource_tracker.ensure_running()  # by itself, it would bear the mark
         guard = ProcessGuard()
+        sockets_before = _zmq_contexts()
         try:
             # The longer context holds SGLang's spare tokens only; no position beyond the model's own is ever used.
             with guard.marking(), environment({"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}):
                 engine = Engine(**{"log_level": "error", **arguments})
         except BaseException as error:
             guard.close()
+            for context in _zmq_contexts() - sockets_before:
+                context.destroy(linger=0)
             if isinstance(error, RuntimeError | ValueError | OSError):
                 raise AprError(f"SGLang did not start: {error}", "Its own log above names the cause") from error
             raise
     return guard, engine
+
+
+def _zmq_contexts() -> set[Any]:
+    """The open ZeroMQ contexts of this process. SGLang leaves its own open when it fails to start, and nobody holds
+    them; collecting one as garbage waits for ever for messages to processes that are gone."""
+    import zmq
+
+    return {o for o in gc.get_objects() if issubclass(type(o), zmq.Context) and not o.closed}
 
 
 @contextlib.contextmanager
