@@ -102,8 +102,8 @@ class BareLoop:
         x = self.decoder.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.decoder.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, eps), qkv)
-            qk, v = projected.view(n, width, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=2)
-            q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=2)
+            qk, v = projected.view(n, width, heads + 2 * kv_heads, size).tensor_split((heads + kv_heads,), dim=2)
+            q, k = rotate(qk, cos, sin).tensor_split((heads,), dim=2)
             keys, values = self.decoder.keys[layer], self.decoder.values[layer]
             keys[:, :, start:end] = k.transpose(1, 2)
             values[:, :, start:end] = v.transpose(1, 2)

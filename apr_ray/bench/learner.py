@@ -48,7 +48,7 @@ def _measure(trees: int, overrides: Sequence[str], repeats: int) -> Result:
     plain(batch)
     weights = {name: _flat(trainer.policy) for name, trainer in trainers.items()} | {"plain": _flat(plain.policy)}
     times = in_turn(
-        {name: lambda t=trainer: t.grpo_step(batch, STEP, RATE) for name, trainer in trainers.items()}  # type: ignore[misc]
+        {name: lambda t=trainer: t.grpo_step(batch, STEP, RATE) for name, trainer in trainers.items()}
         | {"plain": lambda: plain(batch)},
         repeats,
     )
@@ -119,7 +119,7 @@ class PlainTorch:
             with torch.no_grad():
                 entropy = token_entropy(logits)
             loss = grpo_loss(logprobs, behaviour, advantages, weights, entropy, clip=STEP.clip, kl_coefficient=0.0).loss
-            loss.backward()
+            torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -142,7 +142,7 @@ def step_flops(batch: TrainBatch, config: Config, policy: Any) -> float:
     parameters = sum(p.numel() for p in policy.parameters())
     lengths = batch.lengths.astype(np.float64)
     attention = 6 * config.model.layers * config.model.hidden_size * float((lengths**2).sum())
-    return 6.0 * parameters * float(lengths.sum()) + attention
+    return float(6.0 * parameters * lengths.sum() + attention)
 
 
 def matmul_peak(size: int = 1024, seconds: float = 1.0) -> float:

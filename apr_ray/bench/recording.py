@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -88,10 +89,19 @@ class ReplayEngine(TorchEngine):
 
     replies: Replies
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._reply_of: WeakKeyDictionary[Running, tuple[int, ...]] = WeakKeyDictionary()
+
+    def _submit(self, request: GenerateRequest) -> Running:
+        running = super()._submit(request)
+        self._reply_of[running] = self.replies.get(request.prompt_ids, ())  # hashing a prompt at every step would show
+        return running
+
     def _draw(self, batch: Sequence[Running], logits: torch.Tensor) -> tuple[list[int], list[float]]:
         ids, _ = super()._draw(batch, logits)
         for i, running in enumerate(batch):
-            reply = self.replies.get(running.request.prompt_ids, ())
+            reply = self._reply_of[running]
             if running.sampled < len(reply):
                 ids[i] = reply[running.sampled]
         chosen = torch.tensor(ids, device=logits.device)[:, None]

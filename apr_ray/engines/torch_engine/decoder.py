@@ -83,12 +83,14 @@ class Span:
         first, rows: slots [first, first + rows).
         width: new tokens of each.
         end: tokens of the longest one, new ones included.
+        even: all are as long, so that a single new token may look at everything.
     """
 
     first: int
     rows: int
     width: int
     end: int
+    even: bool
 
 
 class Decoder:
@@ -192,8 +194,10 @@ class Decoder:
             x = x + F.linear(F.silu(gate) * up, down)
         return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
 
-    def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, 1, width, end]: 0 where a token may look, minus infinity where not."""
+    def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor | None:
+        """float32 [rows, 1, width, end]: 0 where a token may look, minus infinity where not; None for no limit."""
+        if span.even and span.width == 1:
+            return None
         hidden = self.columns[: span.end] > positions.view(span.rows, 1, span.width, 1)
         return torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
 

@@ -296,8 +296,12 @@ class TorchEngine:
         wide = count > 1
         cuts = np.flatnonzero((self.cohorts[1:n] != self.cohorts[: n - 1]) | wide[1:] | wide[:-1]) + 1
         edges = [0, *cuts.tolist(), n]
-        ends = np.maximum.reduceat(self.lengths[:n], edges[:-1]).tolist()
-        return [Span(a, b - a, int(count[a]), end) for (a, b), end in zip(itertools.pairwise(edges), ends, strict=True)]
+        longest = np.maximum.reduceat(self.lengths[:n], edges[:-1]).tolist()
+        shortest = np.minimum.reduceat(self.lengths[:n], edges[:-1]).tolist()
+        return [
+            Span(first, after - first, int(count[first]), end, end == low)
+            for (first, after), end, low in zip(itertools.pairwise(edges), longest, shortest, strict=True)
+        ]
 
     def _take(self, running: Running, token_id: int, logprob: float) -> None:
         """Hand a sampled token to its request, which may end with it."""
