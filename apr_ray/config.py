@@ -132,8 +132,9 @@ class SftConfig(Section):
     """First share of training in which only children's short sequences are shown (curriculum)."""
     child_share: Fraction = 1.0
     """Share of the children's sequences shown after that, drawn anew each epoch: a tree has several, much alike."""
-    mask_prompt: bool = False
-    """False trains on all tokens, as the paper does."""
+    mask: Literal["none", "given", "prompt"] = "none"
+    """What carries no loss: nothing, as in the paper; what a thread was given at its start (a parent's later calls then
+    train its earlier text and the joins again); or the whole prompt of every call."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the matrix products of a step under autocast; weights, optimiser and loss stay in float32. GRPO is
     always float32, since its ratios compare logprobs with the engine's."""

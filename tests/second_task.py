@@ -118,9 +118,10 @@ class SumTask:
         digits = problem.digits
         halves = [digits[: len(digits) // 2], digits[len(digits) // 2 :]]
         joined = "".join(f"{{{total(half)}}}" for half in halves)
-        sequences = [Demonstration(f"S{digits}=", "".join(f"[{half}]" for half in halves), "parent", (), 0)]
-        sequences += [Demonstration(f"A{half}=", f"{total(half)}.", "child", (i,), 0) for i, half in enumerate(halves)]
-        sequences.append(Demonstration(f"S{digits}={joined}", f"{total(digits)}.", "parent", (), 1))
+        root, calls = f"S{digits}=", [(f"A{half}=", f"{total(half)}.") for half in halves]
+        sequences = [Demonstration(root, "".join(f"[{half}]" for half in halves), "parent", (), 0, root)]
+        sequences += [Demonstration(p, text, "child", (i,), 0, p) for i, (p, text) in enumerate(calls)]
+        sequences.append(Demonstration(root + joined, f"{total(digits)}.", "parent", (), 1, root))
         return DemonstrationSet(problem, solver_seed, True, tuple(sequences))
 
     def verify(self, problem: Any, text: str) -> Verdict:

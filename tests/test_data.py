@@ -18,7 +18,8 @@ def toy(count: int = 300) -> Demonstrations:
     rng = np.random.default_rng(1)
     lengths = rng.integers(5, 60, count)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Demonstrations(np.arange(offsets[-1], dtype=np.int32), offsets, lengths // 2, rng.random(count) < 0.5)
+    child = rng.random(count) < 0.5
+    return Demonstrations(np.arange(offsets[-1], dtype=np.int32), offsets, lengths // 4, lengths // 2, child)
 
 
 def firsts(sampler: SftSampler, phase: str, count: int) -> list[list[int]]:
@@ -32,7 +33,7 @@ def firsts(sampler: SftSampler, phase: str, count: int) -> list[list[int]]:
 
 def test_an_epoch_shows_every_sequence_once() -> None:
     data = toy()
-    sampler = SftSampler(data, 400, mask_prompt=False, seed=0)
+    sampler = SftSampler(data, 400, mask="none", seed=0)
     seen: list[int] = []
     while len(seen) < len(data):
         seen += firsts(sampler, "all", 1)[0]
@@ -41,18 +42,18 @@ def test_an_epoch_shows_every_sequence_once() -> None:
 
 def test_a_sampler_goes_on_where_another_stopped() -> None:
     data = toy()
-    whole = SftSampler(data, 400, mask_prompt=False, seed=3)
+    whole = SftSampler(data, 400, mask="none", seed=3)
     first = firsts(whole, "child", 3) + firsts(whole, "all", 7)
     rest = firsts(whole, "all", 40)
-    resumed = SftSampler(data, 400, mask_prompt=False, seed=3, position={"child": 3, "all": 7})
+    resumed = SftSampler(data, 400, mask="none", seed=3, position={"child": 3, "all": 7})
     assert firsts(resumed, "all", 40) == rest
-    assert first != firsts(SftSampler(data, 400, mask_prompt=False, seed=4), "all", 10)
+    assert first != firsts(SftSampler(data, 400, mask="none", seed=4), "all", 10)
 
 
 def test_the_child_phase_shows_children_only_and_batches_keep_their_size() -> None:
     data = toy()
     children = set(data.offsets[:-1][data.child].tolist())
-    sampler = SftSampler(data, 400, mask_prompt=False, seed=0)
+    sampler = SftSampler(data, 400, mask="none", seed=0)
     for _ in range(20):
         batch = sampler.next("child")
         assert set(batch.tokens[batch.offsets[:-1]].tolist()) <= children
@@ -62,7 +63,7 @@ def test_the_child_phase_shows_children_only_and_batches_keep_their_size() -> No
 def test_a_share_of_the_childrens_sequences_is_shown_anew_each_epoch() -> None:
     data = toy()
     starts, children = data.offsets[:-1], set(data.offsets[:-1][data.child].tolist())
-    sampler = SftSampler(data, 400, mask_prompt=False, seed=0, child_share=0.5)
+    sampler = SftSampler(data, 400, mask="none", seed=0, child_share=0.5)
     epochs: list[set[int]] = []
     for _ in range(2):
         seen: set[int] = set()
@@ -73,6 +74,16 @@ def test_a_share_of_the_childrens_sequences_is_shown_anew_each_epoch() -> None:
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize(("mask", "part"), [("none", 0.0), ("given", 0.25), ("prompt", 0.5)])
+def test_a_mask_takes_the_loss_off_the_beginning_of_a_sequence(mask: str, part: float) -> None:
+    data = toy()
+    batch = SftSampler(data, 400, mask=mask, seed=0).next("all")
+    for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True):
+        skipped = max(1, int(part * (end - start)))
+        assert (batch.loss_weights[start : start + skipped] == 0).all()
+        assert (batch.loss_weights[start + skipped : end] > 0).all()
+
+
 def test_rows_hold_the_solvers_text_and_long_trees_are_dropped_whole(task: CountdownTask) -> None:
     tokenizer = task.tokenizer()
     problems = task.problems("train", 20, 0)
@@ -81,6 +92,12 @@ def test_rows_hold_the_solvers_text_and_long_trees_are_dropped_whole(task: Count
     made = [s for p in problems for s in task.demonstrate(p, 0).sequences]
     assert [tokenizer.decode(r["ids"]) for r in rows] == [s.prompt + s.completion for s in made]
     assert all(r["ids"][-1] == tokenizer.eos_id for r in rows)
+    given = [tokenizer.decode(r["ids"][: r["given_tokens"]]) for r in rows]
+    roots = {r["index"]: text for r, text in zip(rows, given, strict=True) if r["order"] == 0}
+    for row, text in zip(rows, given, strict=True):
+        prompt = tokenizer.decode(row["ids"][: row["prompt_tokens"]])
+        assert text == (roots[row["index"]] if row["kind"] == "parent" else prompt)
+        assert prompt.startswith(text)
     assert [tokenizer.decode(r["ids"][: r["prompt_tokens"]]) for r in rows] == [s.prompt for s in made]
     short = solve_rows(task, tokenizer, items, 150, 0)
     kept = {r["index"] for r in short}

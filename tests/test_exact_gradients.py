@@ -433,7 +433,7 @@ def test_supervised_training_follows_the_batchs_mean_over_tokens(mask_prompt: bo
         return [(rows().get(whole[:i], len(rows())), whole[i]) for i in range(first, len(whole))]
 
     for (i, a), (j, b) in product(enumerate(demonstrations), repeat=2):
-        batch = sft_batch([(np.array([*p_, *t]), len(p_)) for p_, t in (a, b)], mask_prompt=mask_prompt)
+        batch = sft_batch([(np.array([*p_, *t]), len(p_) if mask_prompt else 0) for p_, t in (a, b)])
         logits = torch.tensor(POLICY, requires_grad=True)
         tokens = padded(batch, batch.tokens)
         loss = sft_loss(token_logprobs(table_logits(logits, tokens), tokens), padded(batch, batch.loss_weights))

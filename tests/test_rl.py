@@ -205,7 +205,7 @@ def test_a_tree_without_a_reward_cannot_be_trained_on() -> None:
 @given(st.lists(st.tuples(st.integers(2, 30), st.integers(1, 20)), min_size=1, max_size=12), st.booleans())
 def test_supervised_weights_sum_to_one(sizes: list[tuple[int, int]], mask: bool) -> None:
     sequences = [(np.arange(n), min(p, n - 1)) for n, p in sizes]
-    batch = sft_batch(sequences, mask_prompt=mask)
+    batch = sft_batch([(ids, prompt if mask else 0) for ids, prompt in sequences])
     assert batch.loss_weights.sum() == pytest.approx(1, rel=1e-5)
     for (ids, prompt), start in zip(sequences, batch.offsets[:-1], strict=True):
         weights = batch.loss_weights[start : start + len(ids)]

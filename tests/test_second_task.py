@@ -49,7 +49,7 @@ def test_the_whole_pipeline_runs_on_another_task(ray_local: None, tmp_path: Path
                 "tokens": 300_000,
                 "batch_tokens": 1000,
                 "child_first_fraction": 0.0,
-                "mask_prompt": True,  # else it learns to write the join itself, which is part of a resumed prompt
+                "mask": "prompt",  # else it learns to write the join itself, which is part of a resumed prompt
             },
             "grpo": {"steps": 2, "problems_per_step": 3, "group_size": 4, "save_every": 1, "eval_every": 5},
             "bounds": {"max_call_tokens": 16, "max_tree_tokens": 200},

@@ -115,7 +115,11 @@ class SpawnJoinProtocol(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """One supervised sequence: `prompt` is what the thread is given, `completion` what it should write, then EOS."""
+    """One supervised sequence: `completion` is what the thread should write after `prompt`, then EOS.
+
+    `given` is the beginning of `prompt` that no thread wrote: all of it in a thread's first call, its first call's
+    prompt in later ones.
+    """
 
     prompt: str
     completion: str
@@ -123,6 +127,7 @@ class Demonstration:
     """"parent" or "child"."""
     path: tuple[int, ...]
     segment: int
+    given: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,7 @@ def solve_rows(
                     "order": order,
                     "kind": sequence.kind,
                     "solved": made.solved,
+                    "given_tokens": len(tokenizer.encode(sequence.given)),
                     "prompt_tokens": len(prompt),
                     "ids": [*prompt, *completion, tokenizer.eos_id],
                 }
@@ -140,6 +141,7 @@ def _schema() -> Any:
             ("order", pa.int32()),
             ("kind", pa.string()),
             ("solved", pa.bool_()),
+            ("given_tokens", pa.int32()),
             ("prompt_tokens", pa.int32()),
             ("ids", pa.list_(pa.int32())),
         ]
@@ -173,14 +175,16 @@ def _read(directory: Path, columns: list[str]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Demonstrations:
-    """A demonstration set in memory; sequence i is `ids[offsets[i]:offsets[i + 1]]`, its first `prompts[i]` the prompt.
+    """A demonstration set in memory; sequence i is `ids[offsets[i]:offsets[i + 1]]`, its first `prompts[i]` the prompt,
+    the first `given[i]` of those what no thread wrote.
 
     Attributes:
-        ids: int32 [N]; offsets: int64 [S + 1]; prompts: int32 [S]; child: bool [S].
+        ids: int32 [N]; offsets: int64 [S + 1]; given, prompts: int32 [S]; child: bool [S].
     """
 
     ids: np.ndarray[Any, Any]
     offsets: np.ndarray[Any, Any]
+    given: np.ndarray[Any, Any]
     prompts: np.ndarray[Any, Any]
     child: np.ndarray[Any, Any]
 
@@ -195,9 +199,9 @@ class Demonstrations:
     @classmethod
     def load(cls, directory: Path) -> Demonstrations:
         """Read a set, in the order (problem, solver seed, sequence) whatever order it was written in."""
-        table = _read(directory, ["index", "solver_seed", "order", "kind", "prompt_tokens", "ids"]).sort_by(
-            [("solver_seed", "ascending"), ("index", "ascending"), ("order", "ascending")]
-        )
+        table = _read(
+            directory, ["index", "solver_seed", "order", "kind", "given_tokens", "prompt_tokens", "ids"]
+        ).sort_by([("solver_seed", "ascending"), ("index", "ascending"), ("order", "ascending")])
         column = table["ids"].combine_chunks()
         lengths = column.value_lengths().to_numpy()
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
@@ -205,6 +209,7 @@ class Demonstrations:
         return cls(
             ids=column.flatten().to_numpy(),
             offsets=offsets,
+            given=table["given_tokens"].to_numpy(),
             prompts=table["prompt_tokens"].to_numpy(),
             child=np.asarray(table["kind"].to_pylist()) == "child",
         )
@@ -218,6 +223,7 @@ class SftSampler:
     shown: short texts in which the model learns the format and the arithmetic first.
 
     Args:
+        mask: what carries no loss; see `config.SftConfig`.
         child_share: share of the children's sequences in the phase "all".
         position: batches already taken, per phase ("child", "all").
     """
@@ -229,14 +235,14 @@ class SftSampler:
         data: Demonstrations,
         batch_tokens: int,
         *,
-        mask_prompt: bool,
+        mask: str,
         seed: int,
         child_share: float = 1.0,
         position: dict[str, int] | None = None,
     ) -> None:
         self.data = data
         self.batch_tokens = batch_tokens
-        self.mask_prompt = mask_prompt
+        self.skipped = {"none": np.zeros_like(data.given), "given": data.given, "prompt": data.prompts}[mask]
         self.seed = seed
         self.child_share = child_share
         self.position = {"child": 0, "all": 0} | (position or {})
@@ -252,8 +258,8 @@ class SftSampler:
         self.position[phase] += 1
         data = self.data
         chosen = next(self._streams[phase])
-        sequences = [(data.ids[data.offsets[i] : data.offsets[i + 1]], int(data.prompts[i])) for i in chosen]
-        return sft_batch(sequences, mask_prompt=self.mask_prompt)
+        sequences = [(data.ids[data.offsets[i] : data.offsets[i + 1]], int(self.skipped[i])) for i in chosen]
+        return sft_batch(sequences)
 
     def _batches(self, phase: str) -> Iterator[np.ndarray[Any, Any]]:
         child, lengths = self.data.child, self.data.lengths

@@ -78,14 +78,13 @@ def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantag
     return TrainSequence((*call.prompt_ids, *call.sampled_ids), weights, advantages, logprobs)  # type: ignore[arg-type]
 
 
-def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]], *, mask_prompt: bool) -> TrainBatch:
+def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]]) -> TrainBatch:
     """Demonstrations as one batch: the mean over all trained tokens (paper section 3.2).
 
     Args:
-        sequences: token ids, and how many of them are prompt.
-        mask_prompt: train on completions only.
+        sequences: token ids, and how many of the first ones carry no loss (the first never does: nothing precedes it).
     """
-    masked = [(ids, prompt if mask_prompt else 1) for ids, prompt in sequences]  # nothing precedes the first token
+    masked = [(ids, max(skip, 1)) for ids, skip in sequences]
     trained = sum(len(ids) - skip for ids, skip in masked)
     out = []
     for ids, skip in masked:

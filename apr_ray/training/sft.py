@@ -34,7 +34,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     sampler = SftSampler(
         data,
         sft.batch_tokens,
-        mask_prompt=sft.mask_prompt,
+        mask=sft.mask,
         seed=config.run.seed,
         child_share=sft.child_share,
         position=state.position,

@@ -80,15 +80,16 @@ class CountdownTask:
         if self.options.method == "sosp":
             prompt, completion, solved = solve_sosp(problem, solver_seed, self.options.solver)
             prompt = self._token_budget(prompt + completion) + prompt
-            sequences = [Demonstration(prompt, completion, "parent", (), 0)]
+            sequences = [Demonstration(prompt, completion, "parent", (), 0, prompt)]
             return DemonstrationSet(problem, solver_seed, solved, tuple(sequences))
         trace = solve_apr(problem, solver_seed, self.options.solver)
         budget = self._child_budget(trace)
-        sequences = [Demonstration(budget + p, c, "parent", (), i) for i, (p, c) in enumerate(trace.segments)]
+        given = budget + trace.segments[0][0]
+        sequences = [Demonstration(budget + p, c, "parent", (), i, given) for i, (p, c) in enumerate(trace.segments)]
         child = 0
         for spawned in trace.children:
             for prompt, completion in spawned:
-                sequences.append(Demonstration(prompt, completion, "child", (child,), 0))
+                sequences.append(Demonstration(prompt, completion, "child", (child,), 0, prompt))
                 child += 1
         return DemonstrationSet(problem, solver_seed, trace.solved, tuple(sequences))
 
