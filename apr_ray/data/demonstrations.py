@@ -199,9 +199,9 @@ class Demonstrations:
     @classmethod
     def load(cls, directory: Path) -> Demonstrations:
         """Read a set, in the order (problem, solver seed, sequence) whatever order it was written in."""
-        table = _read(
-            directory, ["index", "solver_seed", "order", "kind", "given_tokens", "prompt_tokens", "ids"]
-        ).sort_by([("solver_seed", "ascending"), ("index", "ascending"), ("order", "ascending")])
+        place = ["solver_seed", "index", "order"]
+        table = _read(directory, [*place, "kind", "given_tokens", "prompt_tokens", "ids"])
+        table = table.sort_by([(column, "ascending") for column in place])
         column = table["ids"].combine_chunks()
         lengths = column.value_lengths().to_numpy()
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
