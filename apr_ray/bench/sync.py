@@ -122,6 +122,11 @@ class Receiver:
     async def update_weights(self, update: WeightUpdate) -> None:
         await self.engine.update_weights(update)
 
+    def steps(self) -> int:
+        steps = self.engine.stats().steps
+        assert steps is not None  # the embedded engine counts them
+        return steps
+
     async def update_while_decoding(self, update: WeightUpdate, tokens: int) -> float:
         """Seconds of decoding that an update costs: the longest pause between two steps, less a usual one.
 
@@ -131,11 +136,11 @@ class Receiver:
         halfway = asyncio.Event()
 
         async def watch() -> None:
-            first = steps = self.engine.stats().steps
+            first = steps = self.steps()
             since = time.perf_counter()
             while True:
                 await asyncio.sleep(0)
-                now, done = time.perf_counter(), self.engine.stats().steps
+                now, done = time.perf_counter(), self.steps()
                 if done == steps:
                     continue
                 pauses.append(now - since)

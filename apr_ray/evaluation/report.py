@@ -189,7 +189,9 @@ def _plot_tree(path: Path, tree: ThreadTree) -> None:
     for row, lane in enumerate(lanes):
         colour = "#2563eb" if not lane.path else colours.get(lane.outcome, "#dc2626")
         if lane.stretches:
-            axis.plot([lane.stretches[0].start, lane.stretches[-1].end], [row, row], color="#cbd5e1", lw=1.5, ls=":")
+            axis.plot(
+                [lane.stretches[0].start, lane.stretches[-1].end], [row, row], color="#cbd5e1", lw=1.5, ls=":", zorder=0
+            )
         for stretch in lane.stretches:
             axis.barh(row, stretch.end - stretch.start, left=stretch.start, height=0.6, color=colour)
     axis.set_yticks(range(len(lanes)), [lane.label if not lane.path else f"child {lane.label}" for lane in lanes])
