@@ -54,8 +54,15 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 ray.init(num_cpus=4, include_dashboard=True, dashboard_port=int(sys.argv[2]), log_to_driver=False)
 client = JobSubmissionClient(f"http://127.0.0.1:{sys.argv[2]}")
 command = f"{sys.executable} -m apr_ray.cli data -c quickstart --out {sys.argv[1]}/demos"
-job = client.submit_job(entrypoint=f"{command} data.train_problems=40 ray.address=auto run.root={sys.argv[1]}")
 end = time.monotonic() + 150
+while True:
+    try:
+        job = client.submit_job(entrypoint=f"{command} data.train_problems=40 ray.address=auto run.root={sys.argv[1]}")
+        break
+    except RuntimeError as error:  # the agent that starts jobs comes up after ray.init returns
+        if "No available agent" not in str(error) or time.monotonic() > end:
+            raise
+        time.sleep(1)
 while not client.get_job_status(job).is_terminal() and time.monotonic() < end:
     time.sleep(0.5)
 print(client.get_job_logs(job))

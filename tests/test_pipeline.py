@@ -64,7 +64,7 @@ def test_every_phase_leaves_its_policy_and_only_known_metrics(finished: RunDir) 
 
 def test_supervised_training_is_evaluated_and_its_best_policy_kept(finished: RunDir) -> None:
     rows = RunDir(finished.path / "sft", finished.config).metrics()
-    assert [r["step"] for r in rows if "eval/greedy/accuracy" in r] == [6]
+    assert [r["step"] for r in rows if "eval/greedy/accuracy" in r] == [6, 12]
     assert (finished.path / "sft" / "best" / "model.safetensors").is_file()
 
 
