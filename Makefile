@@ -7,7 +7,7 @@ SGLANG := $(VENV)/.sglang
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv sglang quickstart test test-slow lint bench clean
+.PHONY: venv sglang quickstart test test-slow lint docs bench clean
 
 venv: $(READY)
 
@@ -38,6 +38,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 bench: venv
 	for name in engine learner oracle rollout solver step sync; do $(BIN)/apr-ray bench $$name --json || exit 1; done
