@@ -275,6 +275,8 @@ class RolloutConfig(Section):
     """Trees each worker runs at the same time."""
     cpus_per_worker: Rate = 0.5
     """Ray CPUs reserved per worker."""
+    max_restarts: Count = 3
+    """Workers that may die, each being replaced, before the run ends."""
     budget: Positive | None = None
     """Condition every root prompt on this budget (paper section 4.2: children per round for APR, tokens for SoS+). The
     policy must have seen such prefixes: `task.options.budgets`."""

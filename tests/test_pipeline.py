@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apr_ray.config import Config
-from apr_ray.core.errors import AprError, MismatchError, PartDied, WeightsRejected
+from apr_ray.core.errors import AprError, MismatchError, WeightsRejected
 from apr_ray.core.ledger import Disposition
 from apr_ray.core.trees_io import read_trees
 from apr_ray.core.weights import WeightVersion
@@ -251,14 +251,4 @@ def test_a_refused_update_reaches_the_driver_and_changes_nothing(small_config: C
         pool.update_weights(ray.put(update))
     assert isinstance(caught.value.cause, WeightsRejected)
     assert pool.sample_for_check([(5, 6, 7)], 8, 1.0) == before
-    pool.stop()
-
-
-def test_a_dead_worker_is_named(small_config: Config, checkpoint: Path, task: CountdownTask) -> None:
-    import ray
-
-    pool = RolloutPool.start(small_config, str(checkpoint))
-    ray.kill(pool.workers[1])
-    with pytest.raises(PartDied, match="rollout worker 1 died"):
-        sample_trees(pool, task.problems("train", 3, 0), small_config, 0)
     pool.stop()

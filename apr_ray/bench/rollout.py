@@ -72,7 +72,7 @@ def replaying_pool(recording: Recording, checkpoint: str, workers: int) -> Rollo
         ray.remote(ReplayWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}", replies)
         for i in range(workers)
     ]
-    ray.get([actor.ready.remote() for actor in actors])
+    ray.get([actor.join.remote(None) for actor in actors])
     return RolloutPool(actors, config.rollout.concurrent_trees)
 
 

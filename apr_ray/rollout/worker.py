@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 
 from apr_ray.config import BoundsConfig, Config
 from apr_ray.core.engine import Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
@@ -12,6 +11,7 @@ from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightUpdate
 from apr_ray.engines.registry import build_engine
 from apr_ray.model.llama import require_vocabulary
+from apr_ray.parts import own_log
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
 
@@ -45,9 +45,11 @@ class RolloutWorker:
         self.bounds = bounds_of(config.bounds)
         self.started = 0
 
-    async def ready(self) -> str:
-        """Returns once the engine is built."""
-        return self.worker_id
+    async def join(self, update: WeightUpdate | None) -> str:
+        """Take the pool's current weights, if they are not the checkpoint's; returns where this worker logs."""
+        if update is not None:
+            await self.update_weights(update)
+        return own_log()
 
     async def run_tree(self, request: TreeRequest) -> ThreadTree:
         """Run one tree to its end."""
@@ -62,23 +64,20 @@ class RolloutWorker:
         await self.engine.update_weights(update)
 
     async def sample_for_check(
-        self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
-    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        """Short generations with their logprobs, to compare with the learner's."""
-        out = []
-        for number, prompt in enumerate(prompts):
-            request = GenerateRequest(
-                f"check-{number:06d}", prompt, SamplingParams(temperature, max_new_tokens=tokens, seed=number)
-            )
-            ids: list[int] = []
-            logprobs: list[float] = []
-            async for chunk in self.engine.generate(request):
-                if chunk.finish is FinishReason.ERROR:
-                    raise RuntimeError(chunk.error)
-                ids += chunk.token_ids
-                logprobs += chunk.logprobs
-            out.append((tuple(ids), tuple(logprobs)))
-        return out
+        self, number: int, prompt: tuple[int, ...], tokens: int, temperature: float
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """A short generation with its logprobs, to compare with the learner's; `number` is its seed."""
+        request = GenerateRequest(
+            f"check-{number:06d}", prompt, SamplingParams(temperature, max_new_tokens=tokens, seed=number)
+        )
+        ids: list[int] = []
+        logprobs: list[float] = []
+        async for chunk in self.engine.generate(request):
+            if chunk.finish is FinishReason.ERROR:
+                raise RuntimeError(chunk.error)
+            ids += chunk.token_ids
+            logprobs += chunk.logprobs
+        return tuple(ids), tuple(logprobs)
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""
