@@ -114,6 +114,9 @@ class OptimizerConfig(Section):
     """Decay of the first moment."""
     beta2: Fraction = 0.95
     """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment. Where it is larger than that root, steps are in proportion to the
+    gradient, as in SGD with momentum: less noise goes into parameters whose gradient is small."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
 
@@ -168,6 +171,10 @@ class GrpoConfig(Section):
     """At which trees are sampled, and logprobs taken."""
     max_staleness: Count = 0
     """A tree drawn under weights older than this many versions is not used."""
+    overlap: bool = False
+    """Sample the next step's trees while the learners train on this one's: one version off, so `max_staleness` must be
+    at least 1. Worth it where learners and workers have machines of their own. See `weights.mode` for what becomes of
+    the trees that run when new weights come."""
     eval_every: Positive = 10
     """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 10
@@ -175,6 +182,12 @@ class GrpoConfig(Section):
     keep_batches: Literal["off", "last", "every"] = "last"
     """Batches kept for `apr-ray audit`, with the policy that drew them: of the steps that begin from a checkpoint, as
     that policy lies on disk anyway; the last of them, or every one."""
+
+    @model_validator(mode="after")
+    def _overlap_is_stale(self) -> GrpoConfig:
+        if self.overlap and self.max_staleness < 1:
+            raise ValueError("overlap samples one version off: max_staleness must be at least 1")
+        return self
 
 
 class BoundsConfig(Section):
@@ -275,6 +288,9 @@ class RolloutConfig(Section):
     """Trees each worker runs at the same time."""
     cpus_per_worker: Rate = 0.5
     """Ray CPUs reserved per worker."""
+    fan_out: Literal["local", "spread"] = "local"
+    """Where children decode: on their parent's engine, or spread over the engines of all workers, which cuts a tree's
+    latency while engines idle. A parent always stays where its prefix is cached."""
     budget: Positive | None = None
     """Condition every root prompt on this budget (paper section 4.2: children per round for APR, tokens for SoS+). The
     policy must have seen such prefixes: `task.options.budgets`."""
@@ -283,10 +299,30 @@ class RolloutConfig(Section):
 class WeightsConfig(Section):
     """Weight sync and its check."""
 
+    transport: Literal["object_store", "collective", "shared_memory", "disk"] = "object_store"
+    """How weights get from the learners to the workers: Ray's object store (any number of nodes, workers may come and
+    go); a torch.distributed broadcast (the least memory and copies); memory shared on one node; files."""
+    mode: Literal["drain", "pause", "in_flight"] = "pause"
+    """What becomes of trees that run when new weights come: they end first; they pause, and their KV is computed again;
+    or they go on between two steps with the KV they have (engines that can: torch, sglang)."""
+    piece_numbers: Positive = 4_000_000
+    """Numbers sent at a time, by all transports but the object store; a larger parameter goes alone."""
+    timeout_s: PositiveFloat = 120.0
+    """Longest wait for any part during a sync; then the run stops and says who is missing."""
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """Of the collective transport: between CPUs, or between GPUs."""
+    folder: str | None = None
+    """Where the disk transport writes; all nodes must see it."""
     mismatch_tolerance: PositiveFloat = 1e-3
     """Largest mean |Δ logprob| between engine and learner after a sync; above it the run stops."""
     check_calls: Positive = 8
     """Calls compared after each sync."""
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> WeightsConfig:
+        if self.transport == "disk" and self.folder is None:
+            raise ValueError("transport disk needs weights.folder, a folder that all nodes share")
+        return self
 
 
 class EvalConfig(Section):

@@ -28,6 +28,7 @@ from apr_ray.training.quickstart import run_quickstart
 from apr_ray.training.run_dir import RunDir
 from apr_ray.training.sft import train_sft
 from apr_ray.training.watch import Watch
+from apr_ray.weights.transport import wait_for_all
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 QUIET = ProgressBars(quiet=True)
@@ -247,9 +248,9 @@ def test_a_refused_update_reaches_the_driver_and_changes_nothing(small_config: C
     update = pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
     update.flat[3] = np.nan
     before = pool.sample_for_check([(5, 6, 7)], 8, 1.0)
-    with pytest.raises(ray.exceptions.RayTaskError) as caught:
-        pool.update_weights(ray.put(update))
-    assert isinstance(caught.value.cause, WeightsRejected)
+    wait_for_all(pool.receive_weights(ray.put(update)), None, "the sync")
+    with pytest.raises(WeightsRejected, match="not finite"):
+        wait_for_all(pool.apply_weights(), None, "the sync")
     assert pool.sample_for_check([(5, 6, 7)], 8, 1.0) == before
     pool.stop()
 

@@ -28,6 +28,10 @@ class WeightsRejected(AprError):
     """A weight update was refused whole; nothing of it was applied."""
 
 
+class SyncFailed(AprError):
+    """A weight broadcast did not reach everyone; the message names who is missing."""
+
+
 class MismatchError(AprError):
     """Engine and learner disagree on logprobs by more than the tolerance."""
 

@@ -12,7 +12,7 @@ import ray
 
 from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
-from apr_ray.core.weights import WeightVersion
+from apr_ray.core.weights import TensorSpec, WeightSink, WeightVersion
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge
 from apr_ray.tasks.registry import load_task
 
@@ -28,6 +28,7 @@ class LearnerActor:
         self.optimizer = optimizer
         self.init_from = init_from
         self.rank = rank
+        self.sinks: dict[str, WeightSink] = {}
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 will listen: its node and a port that is free now."""
@@ -69,6 +70,23 @@ class LearnerActor:
         """Rank 0's are sent; the others only take part in gathering them."""
         update = self.trainer.weights(version)
         return update if self.rank == 0 else None
+
+    def open_sink(self, name: str, sink: WeightSink) -> Any:
+        """Where `send_weights` will put the weights (rank 0 only); returns what its receivers must know."""
+        self.sinks[name] = sink
+        return self.trainer.layout(), sink.open()
+
+    def close_sink(self, name: str) -> None:
+        self.sinks.pop(name).close()
+
+    def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> Any:
+        """Rank 0 sends; the others only take part in gathering, to the end even where sending fails."""
+        pieces = self.trainer.weight_pieces(piece_numbers)
+        try:
+            return self.sinks[name].take(self.trainer.layout(), pieces, version) if self.rank == 0 else None
+        finally:
+            for _ in pieces:
+                pass
 
     def save(self, directory: str) -> None:
         """Rank 0 writes the policy in Hugging Face form, every rank its part of the optimiser."""
@@ -141,6 +159,22 @@ class LearnerGroup:
         """An object reference to the present weights as `version`."""
         references = [actor.weights.remote(version) for actor in self._needed()]
         return references[0]
+
+    def open_sink(self, name: str, sink: WeightSink) -> tuple[tuple[TensorSpec, ...], Any]:
+        """Give rank 0 a sink; returns the layout of the weights and what the sink's receivers must know."""
+        opened: tuple[tuple[TensorSpec, ...], Any] = ray.get(self.actors[0].open_sink.remote(name, sink))
+        return opened
+
+    def close_sink(self, name: str) -> None:
+        """Close a sink of rank 0."""
+        ray.get(self.actors[0].close_sink.remote(name))
+
+    def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> dict[str, Any]:
+        """Start sending the present weights into an open sink: an object reference per rank that takes part."""
+        return {
+            f"learner-{rank}": actor.send_weights.remote(name, version, piece_numbers)
+            for rank, actor in enumerate(self._needed())
+        }
 
     def save(self, directory: Path) -> None:
         """Write `policy/` and `optimizer/` under a folder."""

@@ -20,9 +20,9 @@ import torch
 
 from apr_ray.config import LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
-from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.model.llama import load_policy
-from apr_ray.model.state import pack_weights, trainable_parameters
+from apr_ray.model.state import copy_flat, pack_weights, trainable_parameters
 from apr_ray.rl.batches import plan_micro_batches
 from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
 
@@ -99,6 +99,7 @@ class Trainer:
             policy.parameters(),
             lr=optimizer.learning_rate,
             betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
@@ -268,6 +269,30 @@ class Trainer:
         """All parameters as one buffer. At ZeRO stage 3 all ranks must call it."""
         with self.whole_policy() as policy:
             return pack_weights(trainable_parameters(policy), version)
+
+    def layout(self) -> tuple[TensorSpec, ...]:
+        """Where each parameter lies in the flat form of the weights."""
+        named = trainable_parameters(self.policy)
+        return layout_of((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named)
+
+    @torch.no_grad()
+    def weight_pieces(self, numbers: int) -> Iterator[np.ndarray[Any, Any]]:
+        """The flat weights piece by piece (`core.weights.pieces_of`), in two buffers by turns: a piece is valid until
+        the next but one. At ZeRO stage 3 all ranks must go through all pieces; each is whole only while it is copied.
+        """
+        import deepspeed
+
+        parameters = dict(trainable_parameters(self.policy))
+        pieces = pieces_of(self.layout(), numbers)
+        sizes = [sum(spec.size for spec in piece) for piece in pieces]
+        buffers = [np.empty(max(sizes), dtype=np.float32) for _ in range(min(2, len(sizes)))]
+        for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+            tensors = [parameters[spec.name] for spec in piece]
+            into = buffers[number % 2][:size]
+            with deepspeed.zero.GatheredParameters(tensors, enabled=self.zero == 3):
+                if self.rank == 0:
+                    copy_flat(tensors, into)
+            yield into
 
     def save(self, directory: Path) -> None:
         """Optimiser and weights of every rank; all ranks must call it."""

@@ -25,6 +25,14 @@ log = logging.getLogger(__name__)
 WAIT_REPORT_S = 60.0
 
 
+def calls_at_once(config: Config) -> int:
+    """Calls that a worker must be able to serve at the same time: its trees, where they are spread the children of
+    others' trees, and room for weight updates and checks."""
+    trees = config.rollout.concurrent_trees
+    children = config.bounds.max_children if config.rollout.fan_out == "spread" else 0
+    return trees * (1 + children) + 8
+
+
 class RolloutPool:
     """N rollout workers. Build it with `start`."""
 
@@ -38,7 +46,7 @@ class RolloutPool:
         rollout = config.rollout
         options = {
             "num_cpus": rollout.cpus_per_worker,
-            "max_concurrency": rollout.concurrent_trees + 8,  # room for weight updates and checks beside the trees
+            "max_concurrency": calls_at_once(config),
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
         }
         workers: list[Any] = [
@@ -46,6 +54,8 @@ class RolloutPool:
             for i in range(rollout.workers)
         ]
         ray.get([worker.ready.remote() for worker in workers])
+        if rollout.fan_out == "spread":
+            ray.get([worker.meet.remote(index, workers) for index, worker in enumerate(workers)])
         return cls(workers, rollout.concurrent_trees)
 
     def run(self, requests: Sequence[TreeRequest]) -> Iterator[tuple[int, ThreadTree]]:
@@ -82,9 +92,24 @@ class RolloutPool:
                 since = time.monotonic()
                 yield index, tree
 
-    def update_weights(self, update: Any) -> None:
-        """Send a version (an object reference) to every worker and wait until all run it."""
-        ray.get([worker.update_weights.remote(update) for worker in self.workers])
+    def members(self) -> tuple[str, ...]:
+        """Which workers these are: changes whenever one is replaced."""
+        return tuple(worker._actor_id.hex() for worker in self.workers)
+
+    def receive_weights(self, source: Any) -> dict[str, Any]:
+        """Have every worker fetch a version from one source (an object reference): an object reference by worker."""
+        return self.receive_weights_each([source] * len(self.workers))
+
+    def receive_weights_each(self, sources: Sequence[Any]) -> dict[str, Any]:
+        """The same, from a source for each."""
+        return {
+            f"worker-{number:02d}": worker.receive_weights.remote(source)
+            for number, (worker, source) in enumerate(zip(self.workers, sources, strict=True))
+        }
+
+    def apply_weights(self) -> dict[str, Any]:
+        """Have every worker put to work what it has fetched: an object reference by worker."""
+        return {f"worker-{number:02d}": worker.apply_weights.remote() for number, worker in enumerate(self.workers)}
 
     def sample_for_check(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float

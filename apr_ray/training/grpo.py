@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from apr_ray.config import Config
@@ -33,7 +34,8 @@ from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
 from apr_ray.training.watch import Watch
-from apr_ray.weights.object_store import ObjectStoreTransport, check_engines
+from apr_ray.weights.check import check_engines
+from apr_ray.weights.registry import build_transport
 
 
 def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) -> Path:
@@ -52,7 +54,8 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         pool = RolloutPool.start(config, str(start))
         reward = RewardClient(config.task)
         watch = Watch(config, run, tracker, heldout, bars)
-        transport = ObjectStoreTransport()
+        transport = build_transport(config.weights)
+        rollouts = Rollouts(pool, train, config)
         if grpo.kl_coefficient:
             learners.freeze_reference(str(policy))
         version = WeightVersion.parse(state.version)
@@ -70,11 +73,12 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         with bars.bar("GRPO", 1.0) as bar:
             while done() < 1:
                 times = [time.perf_counter()]
-                first = state.step * grpo.problems_per_step
-                problems = train[first : first + grpo.problems_per_step]
-                trees = sample_trees(pool, problems, config, state.step)
+                trees, rollout_s = rollouts.take(state.step)
+                due = (state.step + 1) % grpo.eval_every == 0
+                if grpo.overlap and not due and state.step + 1 < grpo.steps:  # an evaluation has the engines to itself
+                    rollouts.begin(state.step + 1)
                 times.append(time.perf_counter())
-                trees = reward.score([p for p in problems for _ in range(grpo.group_size)], trees)
+                trees = reward.score([p for p in rollouts.problems(state.step) for _ in range(grpo.group_size)], trees)
                 times.append(time.perf_counter())
                 groups, stale = fresh_groups(group(trees, grpo.group_size), version, grpo.max_staleness)
                 made = grpo_batch(groups, skip_zero_advantage=not grpo.kl_coefficient, stale=stale)
@@ -84,7 +88,8 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 if on_disk and grpo.keep_batches != "off":
                     what = kept_step(config, state.step + 1, version, made, stats, str(policy))
                     keep_batch(run.path, what, trees, on_disk, only_newest=grpo.keep_batches == "last")
-                if stats and stats[0].delta_sum > config.weights.mismatch_tolerance * stats[0].tokens:
+                on_policy = staleness(trees, version.counter) == 0  # else the policy itself has moved
+                if stats and on_policy and stats[0].delta_sum > config.weights.mismatch_tolerance * stats[0].tokens:
                     raise MismatchError(
                         f"step {state.step}: engines and learners differ by {stats[0].delta_sum / stats[0].tokens:.2e}"
                         f" in logprob per token, tolerance {config.weights.mismatch_tolerance:.0e}",
@@ -100,15 +105,14 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 state.version = str(version)
                 state.tokens += sum(s.tokens for s in stats)
                 state.elapsed_s = clock.elapsed_s()
-                metrics = step_metrics(trees, made, stats, measured, times)
+                metrics = step_metrics(trees, made, stats, measured, times, rollout_s)
                 metrics["sync/delta_logprob_mean"] = delta
                 watch.log(metrics, state.step)
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
                 bar.update(min(1.0, done()), note)
                 last = done() >= 1
                 on_disk = None
-                due = state.step % grpo.eval_every == 0 and not last
-                improved = due and watch.quick_evaluation(pool, reward, state)
+                improved = due and not last and watch.quick_evaluation(pool, reward, state)
                 if improved or last or state.step % grpo.save_every == 0:
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
@@ -117,11 +121,43 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                     if improved:
                         run.keep_policy(checkpoint, "best")
         watch.full_evaluation(pool, reward, state.step)
+        transport.close()
         for part in (learners, pool, reward):
             part.stop()
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0], "final")
+
+
+class Rollouts:
+    """The trees of each step, which may begin before they are asked for (`grpo.overlap`)."""
+
+    def __init__(self, pool: RolloutPool, train: Sequence[Problem], config: Config) -> None:
+        self.pool = pool
+        self.train = train
+        self.config = config
+        self.thread = ThreadPoolExecutor(1, "rollouts")
+        self.begun: dict[int, Future[tuple[list[ThreadTree], float]]] = {}
+
+    def problems(self, step: int) -> Sequence[Problem]:
+        """Those of one step."""
+        first = step * self.config.grpo.problems_per_step
+        return self.train[first : first + self.config.grpo.problems_per_step]
+
+    def begin(self, step: int) -> None:
+        """Start a step's trees."""
+        self.begun[step] = self.thread.submit(self._sample, step)
+
+    def take(self, step: int) -> tuple[list[ThreadTree], float]:
+        """A step's trees, and the seconds that they took."""
+        if step not in self.begun:
+            return self._sample(step)
+        return self.begun.pop(step).result()
+
+    def _sample(self, step: int) -> tuple[list[ThreadTree], float]:
+        start = time.perf_counter()
+        trees = sample_trees(self.pool, self.problems(step), self.config, step)
+        return trees, time.perf_counter() - start
 
 
 def sample_trees(pool: RolloutPool, problems: Sequence[Problem], config: Config, step: int) -> list[ThreadTree]:
@@ -189,9 +225,10 @@ def step_metrics(
     stats: Sequence[StepStats],
     version: WeightVersion,
     times: Sequence[float],
+    rollout_s: float,
 ) -> dict[str, float]:
     """One step's metrics, by their names in `metrics.names`."""
-    rollout_s, reward_s, learn_s, sync_s = (b - a for a, b in itertools.pairwise(times))
+    wait_s, reward_s, learn_s, sync_s = (b - a for a, b in itertools.pairwise(times))
     groups = max(1, len({t.problem_key for t in trees}))
     prompt = sum(len(c.prompt_ids) for t in trees for c in t.calls)
     out = {
@@ -201,6 +238,7 @@ def step_metrics(
         "rollout/tokens_per_s": sum(t.total_tokens for t in trees) / rollout_s,
         "rollout/cached_tokens": sum(c.cached_tokens for t in trees for c in t.calls) / max(1, prompt),
         "time/rollout_s": rollout_s,
+        "time/wait_s": wait_s,
         "time/reward_s": reward_s,
         "time/learn_s": learn_s,
         "time/sync_s": sync_s,

@@ -1,0 +1,107 @@
+"""Children on other workers' engines: the same trees, drawn elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from apr_ray.config import Config
+from apr_ray.core.engine import FinishReason
+from apr_ray.core.ledger import ThreadTree
+from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
+from apr_ray.rollout.pool import RolloutPool
+from apr_ray.rollout.spread import SpreadEngine
+from apr_ray.tasks.countdown.task import CountdownTask
+from apr_ray.threads.runtime import TreeRequest
+
+
+def spread(config: Config, fan_out: str, workers: int) -> Config:
+    rollout = config.rollout.model_copy(update={"fan_out": fan_out, "workers": workers})
+    engine = config.engine.model_copy(update={"deterministic": True, "max_sequences": 16})
+    return config.model_copy(update={"rollout": rollout, "engine": engine})
+
+
+def sampled(tree: ThreadTree) -> list[tuple[object, ...]]:
+    """What contract 7 compares."""
+    return sorted((c.path, c.segment, c.sampled_ids, c.logprobs) for c in tree.calls)
+
+
+def test_siblings_are_apart_and_a_threads_calls_come_to_one_engine() -> None:
+    lanes = SpreadEngine(ScriptedEngine(lambda asked: Reply((1,))), 1, ["a", "b", "c"])
+    assert lanes.place(()) == 1
+    assert [lanes.place((i,)) for i in range(4)] == [2, 0, 1, 2]
+    assert lanes.place((0, 1)) == lanes.place((0, 1))
+
+
+def test_spread_trees_are_the_local_ones(
+    ray_local: None, small_config: Config, checkpoint: Path, task: CountdownTask
+) -> None:
+    """In deterministic mode the tokens of every thread are those of the local run; children come from two engines."""
+    requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", 24, 0))]
+    trees = {}
+    for fan_out, workers in (("local", 1), ("spread", 2)):
+        pool = RolloutPool.start(spread(small_config, fan_out, workers), str(checkpoint))
+        ended = dict(pool.run(requests))
+        trees[fan_out] = [ended[i] for i in range(len(requests))]
+        assert all(s.active_requests == s.waiting_requests == 0 for s in pool.stats())
+        pool.stop()
+    children = [c for tree in trees["spread"] for c in tree.calls if c.path]
+    assert children, "no tree spawned: the test would prove nothing"
+    roots = {tree.tree_id: c.engine_id for tree in trees["spread"] for c in tree.calls if not c.path}
+    elsewhere = [t.tree_id for t in trees["spread"] for c in t.calls if c.path and c.engine_id != roots[t.tree_id]]
+    assert elsewhere
+    assert [sampled(t) for t in trees["local"]] == [sampled(t) for t in trees["spread"]]
+
+
+def test_a_child_whose_worker_died_ends_with_an_error_and_the_tree_goes_on(
+    ray_local: None, small_config: Config, checkpoint: Path, task: CountdownTask
+) -> None:
+    import ray
+
+    pool = RolloutPool.start(spread(small_config, "spread", 2), str(checkpoint))
+    ray.kill(pool.workers[1])
+    left = RolloutPool(pool.workers[:1], 4)
+    requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", 24, 0))]
+    trees = [tree for _, tree in left.run(requests)]
+    lost = [c for tree in trees for c in tree.calls if c.finish is FinishReason.ERROR]
+    assert len(trees) == 24
+    assert lost
+    assert all(c.path and "worker 1 died" in c.error for c in lost)
+    left.stop()
+
+
+def test_an_abandoned_request_is_aborted_where_it_runs(ray_local: None, small_config: Config, checkpoint: Path) -> None:
+    """Closing the stream frees the other engine's place."""
+    import ray
+
+    from apr_ray.core.engine import GenerateRequest, SamplingParams
+
+    pool = RolloutPool.start(spread(small_config, "spread", 2), str(checkpoint))
+
+    async def main() -> None:
+        lanes = SpreadEngine(ScriptedEngine(lambda asked: Reply((1,))), 0, pool.workers)
+        asked = GenerateRequest("t/000/000-000", (5, 6, 7), SamplingParams(max_new_tokens=700), thread=(0,))
+        stream = lanes.generate(asked)
+        chunk = await anext(stream)
+        assert chunk.engine_id == "worker-01"
+        await stream.aclose()  # type: ignore[attr-defined]
+        for _ in range(600):
+            stats = ray.get(pool.workers[1].stats.remote())
+            if not stats.active_requests:
+                break
+            await asyncio.sleep(0.02)
+        assert stats.active_requests == 0
+        assert stats.sampled_tokens < 690
+
+    asyncio.run(main())
+    pool.stop()
+
+
+def test_fan_out_is_one_of_two() -> None:
+    from apr_ray.config import load_config
+    from apr_ray.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"rollout\.fan_out"):
+        load_config([], ["rollout.fan_out=everywhere"])
