@@ -263,3 +263,25 @@ def test_a_dead_worker_is_named(small_config: Config, checkpoint: Path, task: Co
     with pytest.raises(PartDied, match="rollout worker 1 died"):
         sample_trees(pool, task.problems("train", 3, 0), small_config, 0)
     pool.stop()
+
+
+def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_else(
+    finished: RunDir, small_config: Config, tmp_path: Path
+) -> None:
+    """Overlap, with every other new part that it meets: a collective sync, weights in flight, lanes over both engines."""
+    grpo = small_config.grpo.model_copy(
+        update={"overlap": True, "max_staleness": 1, "steps": 4, "eval_every": 3, "kl_coefficient": 0.0}
+    )
+    weights = small_config.weights.model_copy(update={"transport": "collective", "mode": "in_flight"})
+    rollout = small_config.rollout.model_copy(update={"fan_out": "spread"})
+    changed = small_config.model_copy(update={"grpo": grpo, "weights": weights, "rollout": rollout})
+    config = with_run(changed, tmp_path, "ahead")
+    run = RunDir.create(config, "train")
+    train_grpo(config, run, finished.path / "sft" / "final", QUIET)
+    rows = {r["step"]: r for r in run.metrics() if "rollout/reward" in r}
+    assert list(rows) == [1, 2, 3, 4]
+    assert rows[1]["rollout/staleness"] == 0
+    assert 0 < rows[2]["rollout/staleness"] <= 1, "its trees were to begin before the first step's weights"
+    assert rows[4]["rollout/staleness"] == 0, "an evaluation has the engines to itself, and nothing runs ahead of it"
+    assert all(r.get("rollout/tokens/stale", 0) == 0 for r in rows.values())
+    assert all(r["sync/delta_logprob_mean"] < 1e-4 for r in rows.values())

@@ -94,7 +94,7 @@ class RolloutWorker:
         tokenizer = task.load_tokenizer(checkpoint)
         require_vocabulary(checkpoint, tokenizer)
         self.protocol = task.protocol(tokenizer)
-        self.engine: Engine = build_engine(config.engine, checkpoint, _exit_with_engine)
+        self.engine = self.new_engine(config, checkpoint)
         self.mode = config.weights.mode
         require_mode(self.mode, config.engine.name, self.engine.capabilities.keeps_kv)
         self.lanes: Engine = self.engine
@@ -102,6 +102,10 @@ class RolloutWorker:
         self.trees = _Trees()
         self.bounds = bounds_of(config.bounds)
         self.started = 0
+
+    def new_engine(self, config: Config, checkpoint: str) -> Engine:
+        """The engine as configured; this process ends with it."""
+        return build_engine(config.engine, checkpoint, _exit_with_engine)
 
     async def ready(self) -> str:
         """Returns once the engine is built."""

@@ -122,7 +122,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                         run.keep_policy(checkpoint, "best")
         watch.full_evaluation(pool, reward, state.step)
         transport.close()
-        for part in (learners, pool, reward):
+        for part in (rollouts, learners, pool, reward):
             part.stop()
     latest = run.latest()
     assert latest is not None
@@ -153,6 +153,10 @@ class Rollouts:
         if step not in self.begun:
             return self._sample(step)
         return self.begun.pop(step).result()
+
+    def stop(self) -> None:
+        """Let the thread go; trees that nobody asked for are dropped."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     def _sample(self, step: int) -> tuple[list[ThreadTree], float]:
         start = time.perf_counter()
