@@ -163,6 +163,11 @@ class GrpoConfig(Section):
     """Trees per problem, over which advantages are normalised."""
     inner_steps: Positive = 2
     """Optimiser steps on each batch of rollouts."""
+    advantage: Literal["group", "success"] = "group"
+    """`group`: z-scores of a group's rewards. `success`: the reward itself, which with one inner step is supervised
+    training on the solved trees (rejection sampling): a control."""
+    reward: Literal["task", "random"] = "task"
+    """`random` draws every tree's reward by a fair coin: a control, from which nothing can be learned."""
     clip: PositiveFloat = 0.2
     """PPO's clip range on the ratio."""
     kl_coefficient: Rate = 0.001
@@ -299,9 +304,10 @@ class RolloutConfig(Section):
 class WeightsConfig(Section):
     """Weight sync and its check."""
 
-    transport: Literal["object_store", "collective", "shared_memory", "disk"] = "object_store"
+    transport: Literal["object_store", "collective", "shared_memory", "disk", "none"] = "object_store"
     """How weights get from the learners to the workers: Ray's object store (any number of nodes, workers may come and
-    go); a torch.distributed broadcast (the least memory and copies); memory shared on one node; files."""
+    go); a torch.distributed broadcast (the least memory and copies); memory shared on one node; files; or not at all,
+    a control at which the check after the sync must stop the run."""
     mode: Literal["drain", "pause", "in_flight"] = "pause"
     """What becomes of trees that run when new weights come: they end first; they pause, and their KV is computed again;
     or they go on between two steps with the KV they have (engines that can: torch, sglang)."""

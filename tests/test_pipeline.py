@@ -268,7 +268,7 @@ def test_a_dead_worker_is_named(small_config: Config, checkpoint: Path, task: Co
 def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_else(
     finished: RunDir, small_config: Config, tmp_path: Path
 ) -> None:
-    """Overlap, with every other new part that it meets: a collective sync, weights in flight, lanes over both engines."""
+    """Overlap, with what else it meets: a collective sync, weights in flight, lanes over both engines."""
     grpo = small_config.grpo.model_copy(
         update={"overlap": True, "max_staleness": 1, "steps": 4, "eval_every": 3, "kl_coefficient": 0.0}
     )
@@ -285,3 +285,17 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
     assert rows[4]["rollout/staleness"] == 0, "an evaluation has the engines to itself, and nothing runs ahead of it"
     assert all(r.get("rollout/tokens/stale", 0) == 0 for r in rows.values())
     assert all(r["sync/delta_logprob_mean"] < 1e-4 for r in rows.values())
+
+
+def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
+    """Coin rewards are half ones, whatever was solved; engines that do not follow stop the run at the first sync."""
+    policy = finished.path / "sft" / "final"
+    coin = small_config.grpo.model_copy(update={"reward": "random", "advantage": "success", "steps": 1})
+    run = RunDir.create(with_run(small_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
+    train_grpo(run.config, run, policy, QUIET)
+    (row,) = [r for r in run.metrics() if "rollout/reward" in r]
+    assert row["rollout/reward"] > 0
+    weights = small_config.weights.model_copy(update={"transport": "none"})
+    frozen = with_run(small_config.model_copy(update={"weights": weights}), tmp_path, "frozen")
+    with pytest.raises(MismatchError, match=r"after sync 0\.1 engines and learners differ"):
+        train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)

@@ -16,7 +16,7 @@ from apr_ray.core.batch import TrainSequence, lay_out
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.ledger import Call, Disposition, Group, Outcome, Replaced, ThreadTree
 from apr_ray.core.weights import WeightVersion
-from apr_ray.rl.advantages import group_advantages
+from apr_ray.rl.advantages import ADVANTAGES, group_advantages
 from apr_ray.rl.batches import grpo_batch, plan_micro_batches, sft_batch
 from apr_ray.rl.losses import grpo_loss, k3, sft_loss, token_entropy, token_logprobs
 from apr_ray.rl.schedules import learning_rate
@@ -260,3 +260,10 @@ def test_schedules() -> None:
     assert rate("linear", 100, 2.0) == pytest.approx(0.1)
     assert rate("cosine", 100, 0.5) == pytest.approx(0.55)
     assert rate("cosine", 100, 1.0) == pytest.approx(0.1)
+
+
+def test_success_advantages_are_the_rewards() -> None:
+    """Rejection sampling: what was not solved carries no loss."""
+    assert ADVANTAGES["success"]([0.0, 1.0, 1.0]) == [0.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="finite"):
+        ADVANTAGES["success"]([float("nan")])

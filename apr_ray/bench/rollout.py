@@ -69,7 +69,7 @@ def run(trees: int = 256, repeats: int = REPEATS) -> Result:
 
 
 def lane_latency_s(recording: Recording, checkpoint: str, repeats: int) -> dict[str, float]:
-    """Mean seconds of a tree, one at a time over two workers: children on their parent's engine, and spread over both."""
+    """Mean seconds of a tree, one at a time over two workers: children on their parent's engine, or over both."""
     requests = recording.requests[:ALONE_TREES]
     pools = {lanes: replaying_pool(recording, checkpoint, workers=2, fan_out=lanes) for lanes in ("local", "spread")}
 

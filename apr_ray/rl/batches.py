@@ -18,7 +18,7 @@ import numpy as np
 
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.ledger import Call, Disposition, Group
-from apr_ray.rl.advantages import group_advantages
+from apr_ray.rl.advantages import ADVANTAGES, AdvantageKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,13 @@ class GrpoBatch:
     zero_variance_groups: int
 
 
-def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool, stale: Sequence[Group] = ()) -> GrpoBatch:
+def grpo_batch(
+    groups: Sequence[Group],
+    *,
+    skip_zero_advantage: bool,
+    stale: Sequence[Group] = (),
+    advantage: AdvantageKind = "group",
+) -> GrpoBatch:
     """Trees with rewards as one batch; the same advantage for every call of a tree.
 
     Args:
@@ -38,6 +44,7 @@ def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool, stale: Seq
         skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
             is 0 then. Their tokens are counted, and their trees stay in the denominator.
         stale: groups that are not used because they are too old; their tokens are counted.
+        advantage: see `rl.advantages.ADVANTAGES`.
     """
     total_trees = sum(len(group.trees) for group in groups)
     sequences: list[TrainSequence] = []
@@ -49,7 +56,7 @@ def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool, stale: Seq
         rewards = [tree.reward for tree in group.trees]
         if any(reward is None for reward in rewards):
             raise ValueError(f"group {group.problem_key} has a tree without a reward")
-        advantages = group_advantages([float(r) for r in rewards if r is not None])
+        advantages = ADVANTAGES[advantage]([float(r) for r in rewards if r is not None])
         zero_variance += not any(advantages)
         for tree, advantage in zip(group.trees, advantages, strict=True):
             counts = tree.dispositions()

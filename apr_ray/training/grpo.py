@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from apr_ray.config import Config
@@ -79,9 +80,13 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                     rollouts.begin(state.step + 1)
                 times.append(time.perf_counter())
                 trees = reward.score([p for p in rollouts.problems(state.step) for _ in range(grpo.group_size)], trees)
+                if grpo.reward == "random":
+                    trees = randomly_rewarded(trees, seed, state.step)
                 times.append(time.perf_counter())
                 groups, stale = fresh_groups(group(trees, grpo.group_size), version, grpo.max_staleness)
-                made = grpo_batch(groups, skip_zero_advantage=not grpo.kl_coefficient, stale=stale)
+                made = grpo_batch(
+                    groups, skip_zero_advantage=not grpo.kl_coefficient, stale=stale, advantage=grpo.advantage
+                )
                 rate = learning_rate(grpo.optimizer, state.step, done())
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
                 times.append(time.perf_counter())
@@ -176,6 +181,11 @@ def sample_trees(pool: RolloutPool, problems: Sequence[Problem], config: Config,
     ]
     ended = dict(pool.run(requests))
     return [ended[i] for i in range(len(requests))]
+
+
+def randomly_rewarded(trees: Sequence[ThreadTree], seed: int, step: int) -> list[ThreadTree]:
+    """Rewards by a fair coin, the same for the same seed and step."""
+    return [replace(t, reward=float(tree_seed(seed, f"coin-{step}", t.problem_key, t.sample) % 2)) for t in trees]
 
 
 def group(trees: Sequence[ThreadTree], size: int) -> list[Group]:

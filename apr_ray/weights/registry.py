@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from apr_ray.config import WeightsConfig
+from apr_ray.core.weights import SyncReport, WeightVersion
+from apr_ray.learner.group import LearnerGroup
+from apr_ray.rollout.pool import RolloutPool
 from apr_ray.weights.transport import Transport
+
+
+class NoTransport(Transport):
+    """Sends nothing. A control: engines that do not follow the learners must be noticed."""
+
+    def send(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
+        """Nothing either."""
+        return SyncReport(version, 0.0, 0.0, 0.0, 0)
 
 
 def build_transport(config: WeightsConfig) -> Transport:
@@ -16,6 +33,8 @@ def build_transport(config: WeightsConfig) -> Transport:
         from apr_ray.weights.shared_memory import SharedMemoryTransport
 
         return SharedMemoryTransport(config)
+    if config.transport == "none":
+        return NoTransport(config)
     if config.transport == "disk":
         from apr_ray.weights.disk import DiskTransport
 
