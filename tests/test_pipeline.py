@@ -296,6 +296,7 @@ def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, small_con
     (row,) = [r for r in run.metrics() if "rollout/reward" in r]
     assert row["rollout/reward"] > 0
     weights = small_config.weights.model_copy(update={"transport": "none"})
-    frozen = with_run(small_config.model_copy(update={"weights": weights}), tmp_path, "frozen")
+    changing = small_config.grpo.model_copy(update={"reward": "random"})  # else there may be nothing to learn from
+    frozen = with_run(small_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
     with pytest.raises(MismatchError, match=r"after sync 0\.1 engines and learners differ"):
         train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)
