@@ -140,11 +140,11 @@ def train(
     from apr_ray.training.grpo import train_grpo
     from apr_ray.training.run_dir import find_policy
 
-    run = _run(config, overrides, resume, "train")
-    start = init or (Path(run.config.init_from) if run.config.init_from else None)
-    if start is None and run.latest() is None:
+    begin = [f"init_from={find_policy(init).resolve()}"] if init else []
+    run = _run(config, [*(overrides or []), *begin], resume, "train")
+    if run.config.init_from is None:
         raise ConfigError("no policy to begin with", "Give --init CHECKPOINT; make one with apr-ray sft")
-    policy = train_grpo(run.config, run, find_policy(start) if start else run.path / "final", ProgressBars())
+    policy = train_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
     _final_table(run.path)
     _next(f"apr-ray eval {_short(policy)}", f"apr-ray trace {_short(run.path)}")
 

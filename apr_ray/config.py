@@ -296,6 +296,8 @@ class RolloutConfig(Section):
     fan_out: Literal["local", "spread"] = "local"
     """Where children decode: on their parent's engine, or spread over the engines of all workers, which cuts a tree's
     latency while engines idle. A parent always stays where its prefix is cached."""
+    max_restarts: Count = 3
+    """Workers that may die, each being replaced, before the run ends."""
     budget: Positive | None = None
     """Condition every root prompt on this budget (paper section 4.2: children per round for APR, tokens for SoS+). The
     policy must have seen such prefixes: `task.options.budgets`."""

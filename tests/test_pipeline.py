@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from apr_ray.config import Config
-from apr_ray.core.errors import AprError, MismatchError, PartDied, WeightsRejected
+from apr_ray.core.errors import AprError, MismatchError, WeightsRejected
 from apr_ray.core.ledger import Disposition
 from apr_ray.core.trees_io import read_trees
 from apr_ray.core.weights import WeightVersion
@@ -28,7 +30,7 @@ from apr_ray.training.quickstart import run_quickstart
 from apr_ray.training.run_dir import RunDir
 from apr_ray.training.sft import train_sft
 from apr_ray.training.watch import Watch
-from apr_ray.weights.transport import wait_for_all
+from apr_ray.weights.registry import build_transport
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 QUIET = ProgressBars(quiet=True)
@@ -248,20 +250,10 @@ def test_a_refused_update_reaches_the_driver_and_changes_nothing(small_config: C
     update = pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
     update.flat[3] = np.nan
     before = pool.sample_for_check([(5, 6, 7)], 8, 1.0)
-    wait_for_all(pool.receive_weights(ray.put(update)), None, "the sync")
+    learners: Any = SimpleNamespace(weights=lambda _: ray.put(update), parameters=0)
     with pytest.raises(WeightsRejected, match="not finite"):
-        wait_for_all(pool.apply_weights(), None, "the sync")
+        build_transport(small_config.weights).broadcast(learners, pool, WeightVersion(0, 1))
     assert pool.sample_for_check([(5, 6, 7)], 8, 1.0) == before
-    pool.stop()
-
-
-def test_a_dead_worker_is_named(small_config: Config, checkpoint: Path, task: CountdownTask) -> None:
-    import ray
-
-    pool = RolloutPool.start(small_config, str(checkpoint))
-    ray.kill(pool.workers[1])
-    with pytest.raises(PartDied, match="rollout worker 1 died"):
-        sample_trees(pool, task.problems("train", 3, 0), small_config, 0)
     pool.stop()
 
 

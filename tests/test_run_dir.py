@@ -98,5 +98,33 @@ def test_metrics_keep_only_known_names_and_survive_a_cut(tmp_path: Path) -> None
     assert [row["step"] for row in run.metrics()] == [1, 2]
 
 
+def test_a_checkpoint_knows_which_metrics_came_before_it(tmp_path: Path) -> None:
+    """The evaluation at the end comes after the last checkpoint, under the same step."""
+    run = run_in(tmp_path)
+    run.log({"train/loss": 1.0}, 1)
+    write(run, 1)
+    run.log({"eval/greedy/accuracy": 0.5}, 1)
+    found = run.latest()
+    assert found is not None
+    run.truncate_metrics(found[1].metrics_rows)
+    assert ["train/loss" in row for row in run.metrics()] == [True]
+
+
+def test_what_a_killed_run_left_half_done_is_finished_or_undone(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    write(run, 1)
+    run.keep_policy(run.path / "checkpoints" / "step-000001", "best")
+    (run.path / "best").rename(run.path / ".best.old-7")  # between the two renames of a replacement
+    for half in ("checkpoints/.step-000002.partial-7", ".best.partial-7", ".final.old-7", "batches/.step-1.partial-7"):
+        (run.path / half).mkdir(parents=True)
+    (run.path / "final").mkdir()
+    (run.path / ".metrics.jsonl.partial-7").touch()
+    RunDir.resume(run.path)
+    assert {p.name for p in run.path.iterdir()} == {"config.yaml", "checkpoints", "best", "final", "batches"}
+    assert (run.path / "best" / "config.json").is_file()
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000001"]
+    assert list((run.path / "batches").iterdir()) == []
+
+
 def test_the_default_config_is_whole() -> None:
     assert Config().rollout.workers >= 1

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from apr_ray.config import Config, LearnerConfig, OptimizerConfig, WeightsConfig, load_config
 from apr_ray.core.engine import FinishReason
-from apr_ray.core.errors import ConfigError, SyncFailed, WeightsRejected
+from apr_ray.core.errors import ConfigError, PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightVersion, layout_of, pieces_of
 from apr_ray.learner.group import LearnerGroup
@@ -34,6 +34,7 @@ from apr_ray.weights.check import check_engines
 from apr_ray.weights.collective import CollectiveSink, CollectiveSource, Group, Place
 from apr_ray.weights.disk import FileSink, FileSource
 from apr_ray.weights.registry import build_transport
+from apr_ray.weights.transport import receive
 
 TRANSPORTS = ("object_store", "collective", "shared_memory", "disk")
 FIRST = WeightVersion(0, 1)
@@ -103,30 +104,24 @@ def test_a_stale_version_is_refused_by_its_name(learners: LearnerGroup, pool: Ro
     transport.close()
 
 
-def test_a_group_is_rebuilt_when_the_workers_are_others(
-    learners: LearnerGroup, small_config: Config, checkpoint: Path, tmp_path: Path
-) -> None:
-    transport = build_transport(weights_config("collective", tmp_path))
-    for size, number in ((1, 1), (2, 1)):
-        pool = RolloutPool.start(
-            small_config.model_copy(update={"rollout": small_config.rollout.model_copy(update={"workers": size})}),
-            str(checkpoint),
-        )
-        transport.broadcast(learners, pool, WeightVersion(0, number))
-        assert [v for v, _ in engine_weights(pool)] == [f"0.{number}"] * size
-        pool.stop()
-    assert transport.epoch == 2  # type: ignore[attr-defined]
-    transport.close()
-
-
 # --- lost parts -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def two_workers(ray_local: None, small_config: Config, checkpoint: Path) -> Iterator[RolloutPool]:
-    started = RolloutPool.start(small_config, str(checkpoint))
+    """A pool that may replace one worker."""
+    rollout = small_config.rollout.model_copy(update={"max_restarts": 1})
+    started = RolloutPool.start(small_config.model_copy(update={"rollout": rollout}), str(checkpoint))
+    wait_until_ready(started, 2)
     yield started
     started.stop()
+
+
+def wait_until_ready(pool: RolloutPool, workers: int) -> None:
+    end = time.monotonic() + 120
+    while len(pool.membership().workers) < workers:
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def pid_of(actor: Any) -> int:
@@ -135,17 +130,32 @@ def pid_of(actor: Any) -> int:
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)
-def test_a_worker_that_died_is_named_and_the_others_keep_their_version(
+def test_a_worker_that_dies_is_replaced_and_its_successor_gets_the_version(
     name: str, learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
 ) -> None:
-    """No engine applies a version that has not reached everyone. The learners can send again at once."""
+    """The sync goes on with those that are left; who joins late takes the current version before anything else."""
     transport = build_transport(weights_config(name, tmp_path, timeout_s=6.0))
     transport.broadcast(learners, two_workers, FIRST)
-    ray.kill(two_workers.workers[1])
-    start = time.monotonic()
-    with pytest.raises(SyncFailed, match="worker-01 died"):
+    os.kill(pid_of(two_workers.workers[1]), signal.SIGKILL)
+    transport.broadcast(learners, two_workers, FIRST.next())
+    wait_until_ready(two_workers, 2)
+    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST.next())] * 2
+    assert two_workers.restarts == 1
+    transport.broadcast(learners, two_workers, FIRST.next().next())
+    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST.next().next())] * 2
+    transport.close()
+
+
+def test_without_a_successor_the_sync_fails_and_the_others_keep_their_version(
+    learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
+) -> None:
+    """No engine applies a version that has not reached everyone. The learners can send again at once."""
+    two_workers.max_restarts = 0
+    transport = build_transport(weights_config("collective", tmp_path, timeout_s=6.0))
+    transport.broadcast(learners, two_workers, FIRST)
+    os.kill(pid_of(two_workers.workers[1]), signal.SIGKILL)
+    with pytest.raises(PartDied, match="rollout worker worker-01"):
         transport.broadcast(learners, two_workers, FIRST.next())
-    assert time.monotonic() - start < 30
     left = RolloutPool(two_workers.workers[:1], 4)
     assert [v for v, _ in engine_weights(left)] == [str(FIRST)]
     transport.broadcast(learners, left, FIRST.next())
@@ -174,7 +184,7 @@ def test_a_learner_rank_that_dies_does_not_hang_the_workers(
     group = LearnerGroup.start(small_config, OptimizerConfig(learning_rate=1e-3), str(checkpoint))
     transport = build_transport(weights_config("collective", tmp_path, timeout_s=5.0))
     transport.broadcast(group, two_workers, FIRST)
-    ray.kill(group.actors[0])
+    os.kill(pid_of(group.actors[0]), signal.SIGKILL)
     with pytest.raises(SyncFailed, match="learner-0 died"):
         transport.broadcast(group, two_workers, FIRST.next())
     assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST)] * 2
@@ -328,14 +338,9 @@ def test_versions_of_trees_under_each_mode(
         trees.append(tree)
         if number % 15 == 5:
             counter += 1
-            ray.get(
-                list(
-                    pool.receive_weights(
-                        ray.put(pack_weights(trainable_parameters(policy), WeightVersion(0, counter)))
-                    ).values()
-                )
-            )
-            pending += pool.apply_weights().values()
+            update = pack_weights(trainable_parameters(policy), WeightVersion(0, counter))
+            ray.get(list(receive(pool.membership().workers, ray.put(update)).values()))
+            pending += [actor.apply_weights.remote() for actor in pool.workers]
     ray.get(pending)
     pool.stop()
     assert counter == 4

@@ -97,10 +97,8 @@ def replaying_pool(recording: Recording, checkpoint: str, workers: int, fan_out:
         ray.remote(ReplayWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}", replies)
         for i in range(workers)
     ]
-    ray.get([actor.ready.remote() for actor in actors])
-    if fan_out == "spread":
-        ray.get([actor.meet.remote(index, actors) for index, actor in enumerate(actors)])
-    return RolloutPool(actors, config.rollout.concurrent_trees)
+    ray.get([actor.join.remote(None) for actor in actors])
+    return RolloutPool(actors, rollout.concurrent_trees, spread_children=fan_out == "spread")
 
 
 class ReplayWorker(RolloutWorker):

@@ -27,7 +27,7 @@ from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
 from apr_ray.weights.collective import CollectiveSink, Group, Place
 from apr_ray.weights.registry import build_transport
-from apr_ray.weights.transport import wait_for_all
+from apr_ray.weights.transport import receive, wait_for_all
 
 SIZES = {
     "4mb": ("model.hidden_size=160", "model.layers=3", "model.heads=4", "model.ffn_size=520"),
@@ -143,7 +143,7 @@ def _workers(config: Config, checkpoint: str) -> list[Any]:
     workers: list[Any] = [
         ray.remote(TimedWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}") for i in range(ENGINES)
     ]
-    ray.get([worker.ready.remote() for worker in workers])
+    ray.get([worker.join.remote(None) for worker in workers])
     return workers
 
 
@@ -180,7 +180,7 @@ def _timed(
     works |= {name: partial(sync, name) for name in TRANSPORTS}
     times = in_turn(works, repeats)
     arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
-    wait_for_all(pool.receive_weights(learners.weights(version.next())), None, "a sync")
+    wait_for_all(receive(pool.membership().workers, learners.weights(version.next())), None, "a sync")
     stalls = ray.get([worker.decode_while.remote(160, True) for worker in pool.workers])
     quiet = ray.get([worker.decode_while.remote(160, False) for worker in pool.workers])
     result = {

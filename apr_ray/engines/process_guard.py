@@ -1,11 +1,14 @@
-"""Processes that an engine starts die with the process that started them, however that one dies.
+"""Processes that an engine or a driver starts die with the process that started them, however that one dies.
 
 A kill -9 leaves no chance to clean up, and `PR_SET_PDEATHSIG` is set by SGLang's processes only after their imports
-(many seconds), follows the parent's thread instead of its process, and does not reach grandchildren. So everything an
-engine starts inherits a mark in its environment, and a guard process waits for the end of the one that owns the mark:
+(many seconds), follows the parent's thread instead of its process, and does not reach grandchildren; some of Ray's
+processes outlive a killed driver by more than a minute. So everything that is started inherits a mark in its
+environment, and a guard process waits for the end of the one that owns the mark:
 
     owner ── pipe ──▶ guard      the pipe closes when the owner ends, by `close` or by any signal
       └─ marked ─▶ scheduler ─▶ …    then the guard kills whatever bears the mark
+
+A marked process may be an owner itself; what it starts bears both marks.
 
 Run as a script (standard library only), this file is the guard. It needs Linux's /proc.
 """
@@ -23,7 +26,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-MARK = "APR_RAY_ENGINE_MARK"
+MARK = "APR_RAY_MARKS"
 POLL_S = 1.0
 """How often the guard looks whether its parent changed: for owners that were forked while they held the pipe."""
 QUIET_ROUNDS = 3
@@ -59,11 +62,12 @@ class ProcessGuard:
         )
 
     def marking(self) -> contextlib.AbstractContextManager[None]:
-        """Processes started inside bear the mark.
+        """Processes started inside bear the mark, beside those that this process bears.
 
         `SPT_NOENV` keeps `setproctitle` from writing a process's title over its environment, and so over the mark.
         """
-        return environment({MARK: self.mark, "SPT_NOENV": "1"})
+        marks = " ".join([*os.environ.get(MARK, "").split(), self.mark])
+        return environment({MARK: marks, "SPT_NOENV": "1"})
 
     def close(self, timeout_s: float = GIVE_UP_S + 10) -> None:
         """Kill what bears the mark and wait until it is gone. Idempotent."""
@@ -74,7 +78,7 @@ class ProcessGuard:
 
 def marked_processes(mark: str) -> list[int]:
     """Ids of the running processes that bear a mark."""
-    needle = f"{MARK}={mark}".encode()
+    prefix = f"{MARK}=".encode()
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
@@ -83,7 +87,8 @@ def marked_processes(mark: str) -> list[int]:
             environ = (folder / "environ").read_bytes()
         except OSError:  # it ended, or belongs to someone else
             continue
-        if needle in environ.split(b"\0"):
+        marks = next((v.removeprefix(prefix) for v in environ.split(b"\0") if v.startswith(prefix)), b"")
+        if mark.encode() in marks.split():
             found.append(int(folder.name))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.weights import TensorSpec, WeightSink, WeightVersion
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge
+from apr_ray.parts import DEAD, died, own_log
 from apr_ray.tasks.registry import load_task
+
+NAMING_S = 30.0
+"""How long to ask, after a call that failed, which rank died."""
 
 
 class LearnerActor:
@@ -29,6 +34,10 @@ class LearnerActor:
         self.init_from = init_from
         self.rank = rank
         self.sinks: dict[str, WeightSink] = {}
+
+    def log(self) -> str:
+        """Where this rank logs. While it is in a step it does not answer."""
+        return own_log()
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 will listen: its node and a port that is free now."""
@@ -66,10 +75,11 @@ class LearnerActor:
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
         return self.trainer.logprobs(sequences, temperature)
 
-    def weights(self, version: WeightVersion) -> Any:
-        """Rank 0's are sent; the others only take part in gathering them."""
+    def weights(self, version: WeightVersion) -> tuple[Any, None]:
+        """Rank 0's are sent; the others only take part in gathering them. The second value says that it was done: the
+        driver can wait for it without fetching the first."""
         update = self.trainer.weights(version)
-        return update if self.rank == 0 else None
+        return update if self.rank == 0 else None, None
 
     def open_sink(self, name: str, sink: WeightSink) -> Any:
         """Where `send_weights` will put the weights (rank 0 only); returns what its receivers must know."""
@@ -104,13 +114,18 @@ class LearnerActor:
 class LearnerGroup:
     """All ranks as one. Build it with `start`.
 
-    Every method sends the same call to every rank and waits for all; a rank that dies raises Ray's actor error.
+    Every method sends the same call to every rank and waits for all.
+
+    Raises:
+        PartDied: from any method, where a rank died; the message names it. The others may wait for it in a collective
+            for as long as they live, so nobody waits for them.
     """
 
-    def __init__(self, actors: Sequence[Any], parameters: int, zero_stage: int) -> None:
+    def __init__(self, actors: Sequence[Any], zero_stage: int) -> None:
         self.actors = list(actors)
-        self.parameters = parameters
         self.zero_stage = zero_stage
+        self.parameters = 0
+        self.logs = [""] * len(self.actors)
 
     @classmethod
     def start(cls, config: Config, optimizer: OptimizerConfig, init_from: str | None = None) -> LearnerGroup:
@@ -121,9 +136,11 @@ class LearnerGroup:
             ray.remote(LearnerActor).options(**options).remote(config, optimizer, init_from, rank)
             for rank in range(learner.ranks)
         ]
-        address, port = ray.get(actors[0].address.remote())
-        counts = ray.get([actor.start.remote(address, port) for actor in actors])
-        return cls(actors, counts[0], learner.zero_stage)
+        group = cls(actors, learner.zero_stage)
+        group.logs = group._all([actor.log.remote() for actor in actors])
+        [(address, port)] = group._all([actors[0].address.remote()])
+        group.parameters = group._all([actor.start.remote(address, port) for actor in actors])[0]
+        return group
 
     def submit_sft_step(self, batch: TrainBatch, learning_rate: float) -> list[Any]:
         """Start a step; give the result to `finish_sft_step`. Steps run in the order they were submitted."""
@@ -132,23 +149,22 @@ class LearnerGroup:
 
     def finish_sft_step(self, pending: list[Any]) -> StepStats:
         """Wait for a submitted step."""
-        return merge(ray.get(pending))
+        return merge(self._all(pending))
 
     def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
         """All inner steps on one batch; one merged entry per inner step."""
         reference = ray.put(batch)
-        per_rank = ray.get([actor.grpo_step.remote(reference, step, learning_rate) for actor in self.actors])
+        per_rank = self._all([actor.grpo_step.remote(reference, step, learning_rate) for actor in self.actors])
         return [merge(inner) for inner in zip(*per_rank, strict=True)]
 
     def freeze_reference(self, checkpoint: str | None = None) -> None:
         """Take a checkpoint's policy, or the present one, as the reference of the KL term."""
-        ray.get([actor.freeze_reference.remote(checkpoint) for actor in self.actors])
+        self._all([actor.freeze_reference.remote(checkpoint) for actor in self.actors])
 
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
         """Logprobs of whole sequences under the present weights, from rank 0."""
-        result: list[np.ndarray[Any, Any]] = ray.get(
-            [actor.logprobs.remote(sequences, temperature) for actor in self._needed()]
-        )[0]
+        answers = self._all([actor.logprobs.remote(sequences, temperature) for actor in self._needed()])
+        result: list[np.ndarray[Any, Any]] = answers[0]
         return result
 
     def _needed(self) -> list[Any]:
@@ -156,9 +172,10 @@ class LearnerGroup:
         return self.actors if self.zero_stage == 3 else self.actors[:1]
 
     def weights(self, version: WeightVersion) -> Any:
-        """An object reference to the present weights as `version`."""
-        references = [actor.weights.remote(version) for actor in self._needed()]
-        return references[0]
+        """An object reference to the present weights as `version`, once they are packed."""
+        made = [actor.weights.options(num_returns=2).remote(version) for actor in self._needed()]
+        self._all([done for _, done in made])
+        return made[0][0]
 
     def open_sink(self, name: str, sink: WeightSink) -> tuple[tuple[TensorSpec, ...], Any]:
         """Give rank 0 a sink; returns the layout of the weights and what the sink's receivers must know."""
@@ -178,13 +195,34 @@ class LearnerGroup:
 
     def save(self, directory: Path) -> None:
         """Write `policy/` and `optimizer/` under a folder."""
-        ray.get([actor.save.remote(str(directory)) for actor in self.actors])
+        self._all([actor.save.remote(str(directory)) for actor in self.actors])
 
     def load(self, directory: Path) -> None:
         """Read back what `save` wrote."""
-        ray.get([actor.load.remote(str(directory)) for actor in self.actors])
+        self._all([actor.load.remote(str(directory)) for actor in self.actors])
 
     def stop(self) -> None:
         """End the actors."""
         for actor in self.actors:
             ray.kill(actor)
+
+    def _all(self, references: Sequence[Any]) -> list[Any]:
+        """The answers."""
+        try:
+            answers: list[Any] = ray.get(list(references))
+        except ray.exceptions.RayError:
+            self._name_the_dead()  # of a rank that died, the others may be the first to tell
+            raise
+        return answers
+
+    def _name_the_dead(self) -> None:
+        """Raise PartDied if a rank is dead. Living ranks need not answer: they may be in a collective."""
+        asked = {actor.log.remote(): rank for rank, actor in enumerate(self.actors)}
+        end = time.monotonic() + NAMING_S
+        while asked and (left := end - time.monotonic()) > 0:
+            for reference in ray.wait(list(asked), timeout=left)[0]:
+                rank = asked.pop(reference)
+                try:
+                    ray.get(reference)
+                except DEAD as error:
+                    raise died(f"learner rank {rank}", error, self.logs[rank]) from error

@@ -49,6 +49,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/invalid_spawns", "percent", "spawns refused as malformed, of all spawns tried"),
     Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens per second, over all workers"),
     Metric("rollout/cached_tokens", "fraction", "prompt tokens that needed no prefill"),
+    Metric("rollout/restarts", "workers", "rollout workers that died and were replaced, since the driver started"),
     Metric("time/rollout_s", "s", "seconds that sampling the step's trees took, beside learning where they overlap"),
     Metric("time/wait_s", "s", "seconds of the step spent waiting for its trees"),
     Metric("time/reward_s", "s", "seconds of the step spent on rewards"),

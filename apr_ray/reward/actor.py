@@ -11,8 +11,11 @@ import ray
 from apr_ray.config import TaskConfig
 from apr_ray.core.ledger import Outcome, Problem, ThreadTree
 from apr_ray.core.task import Verdict
+from apr_ray.parts import DEAD, died
 from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
+
+RESTARTS = 3
 
 
 class RewardActor:
@@ -30,13 +33,21 @@ class RewardClient:
     """The driver's end of the reward actor."""
 
     def __init__(self, task: TaskConfig) -> None:
-        options = {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+        options = {
+            "num_cpus": 0.1,
+            "max_restarts": RESTARTS,  # it holds nothing, so Ray may start it anew and ask again
+            "max_task_retries": RESTARTS,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+        }
         self.actor: Any = ray.remote(RewardActor).options(**options).remote(task)
 
     def score(self, problems: Sequence[Problem], trees: Sequence[ThreadTree]) -> list[ThreadTree]:
-        """Trees with their rewards and verdicts; `problems[i]` is tree i's."""
+        """Trees with their rewards and verdicts; `problems[i]` is tree i's. Raises PartDied."""
         items = [(p, t.outcome, t.final_text) for p, t in zip(problems, trees, strict=True)]
-        verdicts: list[Verdict] = ray.get(self.actor.score.remote(items))
+        try:
+            verdicts: list[Verdict] = ray.get(self.actor.score.remote(items))
+        except DEAD as error:
+            raise died(f"reward actor, after {RESTARTS} restarts,", error, "") from error
         return [
             replace(tree, reward=float(verdict.solved), verdict=verdict.reason)
             for tree, verdict in zip(trees, verdicts, strict=True)

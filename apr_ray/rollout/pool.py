@@ -1,23 +1,27 @@
-"""The pool: every worker is kept as full as it may be, trees come back as they end.
+"""The pool: every worker is kept as full as it may be, trees come back as they end, who dies is replaced.
+
+    hired ──▶ joining: builds its engine, takes the current weights ──▶ ready: is given work ──▶ dead: another is hired
 
 A long tree holds one of its worker's places and nothing else. Results do not depend on which worker ran what: a tree's
-seeds come from its request.
+seeds come from its request, so a tree whose worker died is run again on another, and in deterministic mode is the same.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from apr_ray.config import Config
 from apr_ray.core.engine import EngineStats
-from apr_ray.core.errors import PartDied
 from apr_ray.core.ledger import ThreadTree
+from apr_ray.parts import DEAD, died, reason
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.threads.runtime import TreeRequest
 
@@ -33,104 +37,258 @@ def calls_at_once(config: Config) -> int:
     return trees * (1 + children) + 8
 
 
-class RolloutPool:
-    """N rollout workers. Build it with `start`."""
+@dataclass(eq=False, slots=True)
+class Worker:
+    """A worker of the pool.
 
-    def __init__(self, workers: Sequence[Any], concurrent_trees: int) -> None:
-        self.workers = list(workers)
+    Attributes:
+        name: of its place, followed by a number if others held the place before: `worker-01.2`.
+        actor: its handle.
+        joining: the answer that makes it ready; None once it is.
+        given: `RolloutPool.current` when it was asked to join.
+        log: where it logs; "" until it is ready.
+    """
+
+    name: str
+    actor: Any
+    joining: Any = None
+    given: Callable[[], Any] | None = None
+    log: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """The workers that are ready, and a counter that grows whenever they change: what was built of them under an epoch
+    (the group of a collective, say) is whole as long as the pool's epoch is the same."""
+
+    epoch: int
+    workers: tuple[Worker, ...]
+
+
+class RolloutPool:
+    """N rollout workers. Build it with `start`.
+
+    Args:
+        actors: workers that are ready.
+        concurrent_trees: trees that each may run at a time.
+        hire: starts a worker of the given name; without it nobody is replaced.
+        max_restarts: workers that may be replaced in all.
+        spread_children: children decode on all workers' engines, not on their parent's alone.
+
+    Attributes:
+        current: makes an object reference to a source of the weights that all ready workers run, for those that join
+            later; None as long as they run the checkpoint they started on. `now_run` sets it.
+        restarts: workers replaced so far.
+
+    Raises:
+        PartDied: from any method, where a worker dies and may not be replaced. The message names it.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        concurrent_trees: int,
+        hire: Callable[[str], Any] | None = None,
+        max_restarts: int = 0,
+        spread_children: bool = False,
+    ) -> None:
+        self.members = [Worker(_name(place), actor) for place, actor in enumerate(actors)]
         self.concurrent_trees = concurrent_trees
+        self.hire = hire
+        self.max_restarts = max_restarts
+        self.current: Callable[[], Any] | None = None
+        self.restarts = 0
+        self.epoch = 0
+        self.spread_children = spread_children
+        self.changing = threading.RLock()  # rollouts may run in a thread beside a sync (`grpo.overlap`)
+        self._changed()
 
     @classmethod
     def start(cls, config: Config, checkpoint: str) -> RolloutPool:
-        """Start the workers on a checkpoint and wait until every engine is built."""
+        """Hire the workers and wait until one is ready; the others join as they are.
+
+        The checkpoint must stay where it is: those hired later start on it too.
+        """
         rollout = config.rollout
         options = {
             "num_cpus": rollout.cpus_per_worker,
             "max_concurrency": calls_at_once(config),
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
         }
-        workers: list[Any] = [
-            ray.remote(RolloutWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}")
-            for i in range(rollout.workers)
-        ]
-        ray.get([worker.ready.remote() for worker in workers])
-        if rollout.fan_out == "spread":
-            ray.get([worker.meet.remote(index, workers) for index, worker in enumerate(workers)])
-        return cls(workers, rollout.concurrent_trees)
+
+        def hire(name: str) -> Any:
+            return ray.remote(RolloutWorker).options(**options).remote(config, checkpoint, name)
+
+        pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts, rollout.fan_out == "spread")
+        for place in range(rollout.workers):
+            pool.members.append(pool._invited(Worker(_name(place), hire(_name(place)))))
+        pool._ready()
+        return pool
+
+    @property
+    def workers(self) -> list[Any]:
+        """Every worker's actor, ready or not."""
+        return [worker.actor for worker in self.members]
+
+    def membership(self) -> Membership:
+        """Who is ready now; waits until someone is."""
+        ready = self._ready()
+        return Membership(self.epoch, tuple(ready))
+
+    # --- work -------------------------------------------------------------------------------------------------------
 
     def run(self, requests: Sequence[TreeRequest]) -> Iterator[tuple[int, ThreadTree]]:
-        """Run trees; yields (index of the request, tree) in the order they end.
-
-        Raises:
-            PartDied: a worker's process ended; the message names it.
-        """
-        todo = deque(enumerate(requests))
-        running: dict[Any, tuple[int, int]] = {}
-        load = [0] * len(self.workers)
-        since = time.monotonic()
-        while todo or running:
-            while todo and min(load) < self.concurrent_trees:
-                where = load.index(min(load))
-                index, request = todo.popleft()
-                running[self.workers[where].run_tree.remote(request)] = (index, where)
-                load[where] += 1
-            ended, _ = ray.wait(list(running), num_returns=1, timeout=WAIT_REPORT_S)
-            if not ended:
-                log.warning("waiting for %d trees since %.0f s", len(running), time.monotonic() - since)
-                continue
-            more, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-            for reference in more:
-                index, where = running.pop(reference)
-                load[where] -= 1
-                try:
-                    tree = ray.get(reference)
-                except ray.exceptions.RayActorError as error:
-                    raise PartDied(
-                        f"rollout worker {where} died while it ran a tree: {error.__class__.__name__}",
-                        "Its log is in Ray's session folder; go on with --resume",
-                    ) from error
-                since = time.monotonic()
-                yield index, tree
-
-    def members(self) -> tuple[str, ...]:
-        """Which workers these are: changes whenever one is replaced."""
-        return tuple(worker._actor_id.hex() for worker in self.workers)
-
-    def receive_weights(self, source: Any) -> dict[str, Any]:
-        """Have every worker fetch a version from one source (an object reference): an object reference by worker."""
-        return self.receive_weights_each([source] * len(self.workers))
-
-    def receive_weights_each(self, sources: Sequence[Any]) -> dict[str, Any]:
-        """The same, from a source for each."""
-        return {
-            f"worker-{number:02d}": worker.receive_weights.remote(source)
-            for number, (worker, source) in enumerate(zip(self.workers, sources, strict=True))
-        }
-
-    def apply_weights(self) -> dict[str, Any]:
-        """Have every worker put to work what it has fetched: an object reference by worker."""
-        return {f"worker-{number:02d}": worker.apply_weights.remote() for number, worker in enumerate(self.workers)}
+        """Run trees; yields (index of the request, tree) in the order they end."""
+        return self._spread([lambda actor, request=request: actor.run_tree.remote(request) for request in requests])
 
     def sample_for_check(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
     ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]:
-        """(prompt, sampled ids, logprobs) from every worker; the prompts are dealt out among them."""
-        parts = [prompts[i :: len(self.workers)] for i in range(len(self.workers))]
-        results = ray.get(
-            [w.sample_for_check.remote(p, tokens, temperature) for w, p in zip(self.workers, parts, strict=True)]
+        """(prompt, sampled ids, logprobs); the prompts are dealt out among the workers, the draws depend on neither."""
+        made = dict(
+            self._spread(
+                [
+                    lambda actor, i=i, prompt=prompt: actor.sample_for_check.remote(i, prompt, tokens, temperature)
+                    for i, prompt in enumerate(prompts)
+                ]
+            )
         )
-        return [
-            (prompt, ids, logprobs)
-            for part, made in zip(parts, results, strict=True)
-            for prompt, (ids, logprobs) in zip(part, made, strict=True)
-        ]
+        return [(prompt, *made[i]) for i, prompt in enumerate(prompts)]
+
+    def _spread(self, calls: Sequence[Callable[[Any], Any]]) -> Iterator[tuple[int, Any]]:
+        """Make each call on the least busy worker, and again on another if that one dies; yields (index, answer)."""
+        todo = deque(range(len(calls)))
+        running: dict[Any, tuple[int, Worker]] = {}
+        load: Counter[Worker] = Counter()
+        while todo or running:
+            while todo and load[worker := min(self._ready(), key=load.__getitem__)] < self.concurrent_trees:
+                index = todo.popleft()
+                running[calls[index](worker.actor)] = index, worker
+                load[worker] += 1
+            for reference in self._wait(running):
+                index, worker = running.pop(reference)
+                load[worker] -= 1
+                try:
+                    answer = ray.get(reference)
+                except DEAD as error:
+                    self._replace(worker, error)
+                    todo.appendleft(index)
+                else:
+                    yield index, answer
+
+    def everywhere(self, call: Callable[[Any], Any]) -> list[Any]:
+        """What each ready worker answers to `call(actor)`; one that dies meanwhile is replaced and gives none."""
+        answers = []
+        for worker, reference in [(worker, call(worker.actor)) for worker in self._ready()]:
+            try:
+                answers.append(ray.get(reference))
+            except DEAD as error:
+                self._replace(worker, error)
+        return answers
 
     def stats(self) -> list[EngineStats]:
-        """Each engine's counters."""
-        result: list[EngineStats] = ray.get([worker.stats.remote() for worker in self.workers])
-        return result
+        """Each ready engine's counters."""
+        return self.everywhere(lambda actor: actor.stats.remote())
 
     def stop(self) -> None:
         """End the workers."""
-        for worker in self.workers:
-            ray.kill(worker)
+        for worker in self.members:
+            ray.kill(worker.actor)
+
+    def now_run(self, workers: Sequence[Worker], current: Callable[[], Any]) -> None:
+        """These workers run new weights, of which `current` makes a source; whoever is not among them takes it."""
+        with self.changing:
+            self.current = current
+            late = [worker for worker in self.members if worker.joining is None and worker not in workers]
+            for worker in late:
+                self._invited(worker)
+            if late:
+                self._changed()
+
+    def replace_dead(self, dead: Mapping[str, Exception]) -> bool:
+        """Replace workers by name; whether there was one to replace."""
+        found = [worker for worker in self.members if worker.name in dead]
+        for worker in found:
+            self._replace(worker, dead[worker.name])
+        return bool(found)
+
+    # --- who is there -----------------------------------------------------------------------------------------------
+
+    def _invited(self, worker: Worker) -> Worker:
+        """Let a worker join; it takes the current weights first."""
+        worker.given = self.current
+        worker.joining = worker.actor.join.remote(self.current() if self.current else None)
+        return worker
+
+    def _ready(self) -> list[Worker]:
+        """Those that may be given work; waits until there is one."""
+        self._admit()
+        while not (ready := [worker for worker in self.members if worker.joining is None]):
+            self._wait(())
+        return ready
+
+    def _admit(self) -> None:
+        """Make ready whoever has taken the current weights."""
+        with self.changing:
+            for worker in [w for w in self.members if w.joining is not None and _is_there(w.joining)]:
+                try:
+                    worker.log = ray.get(worker.joining)
+                except DEAD as error:
+                    self._replace(worker, error)
+                    continue
+                if worker.given is self.current:
+                    worker.joining = None
+                    self._changed()
+                else:  # the weights changed while it took them
+                    self._invited(worker)
+
+    def _changed(self) -> None:
+        """Others are ready now than before."""
+        self.epoch += 1
+        if self.spread_children:
+            ready = [worker.actor for worker in self.members if worker.joining is None]
+            for index, actor in enumerate(ready):
+                actor.meet.remote(index, ready)
+
+    def _replace(self, worker: Worker, error: Exception) -> None:
+        """Hire another in a dead worker's place."""
+        with self.changing:
+            if worker in self.members:  # else another of its calls has told already
+                self._hire_for(worker, error)
+
+    def _hire_for(self, worker: Worker, error: Exception) -> None:
+        what = f"rollout worker {worker.name}"
+        if self.hire is None or self.restarts >= self.max_restarts:
+            raise died(f"{what} (rollout.max_restarts is {self.max_restarts})", error, worker.log) from error
+        if getattr(error, "actor_init_failed", False):
+            raise died(what, error, worker.log) from error  # the next one would fail alike
+        self.restarts += 1
+        ray.kill(worker.actor)  # Ray may only have lost sight of it
+        name = f"{worker.name.partition('.')[0]}.{self.restarts}"
+        log.warning("%s died: %s; %s takes its place (log: %s)", what, reason(error), name, worker.log)
+        self.members[self.members.index(worker)] = self._invited(Worker(name, self.hire(name)))
+        self._changed()
+
+    def _wait(self, running: Iterable[Any]) -> list[Any]:
+        """The answers that came; waits until one did or a worker joined."""
+        awaited = list(running)
+        joining = [worker.joining for worker in self.members if worker.joining is not None]
+        since = time.monotonic()
+        while not ray.wait([*awaited, *joining], num_returns=1, timeout=WAIT_REPORT_S)[0]:
+            log.warning(
+                "waiting for %d trees and %d workers since %.0f s",
+                len(awaited),
+                len(joining),
+                time.monotonic() - since,
+            )
+        self._admit()
+        came: list[Any] = ray.wait(awaited, num_returns=len(awaited), timeout=0)[0] if awaited else []
+        return came
+
+
+def _name(place: int) -> str:
+    return f"worker-{place:02d}"
+
+
+def _is_there(reference: Any) -> bool:
+    return bool(ray.wait([reference], timeout=0)[0])

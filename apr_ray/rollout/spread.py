@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import ray
-
-from apr_ray.core.engine import Chunk, Engine, EngineStats, FinishReason, GenerateRequest
-from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.core.engine import Chunk, Engine, EngineStats, GenerateRequest
+from apr_ray.core.weights import WeightUpdate
+from apr_ray.parts import DEAD
 
 
 class SpreadEngine:
@@ -35,7 +35,7 @@ class SpreadEngine:
         return (self.index + sum(1 + number for number in thread)) % len(self.workers)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        """See `core.engine.Engine.generate`. A worker that dies ends its requests with ERROR."""
+        """See `core.engine.Engine.generate`. What a worker that dies has begun goes on here, from where it was."""
         place = self.place(request.thread)
         if place == self.index:
             async for chunk in self.own.generate(request):
@@ -44,15 +44,17 @@ class SpreadEngine:
         worker = self.workers[place]
         stream = worker.generate.options(num_returns="streaming").remote(request)
         ended = False
+        sampled: tuple[int, ...] = ()
         try:
             async for reference in stream:
                 chunk = await reference
                 ended = chunk.finish is not None
+                sampled += chunk.token_ids
                 yield chunk
-        except ray.exceptions.RayActorError as error:
+        except DEAD:
             ended = True
-            lost = f"worker {place} died: {type(error).__name__}"
-            yield Chunk((), (), WeightVersion(0, 0), finish=FinishReason.ERROR, error=lost)
+            async for chunk in self.own.generate(_rest_of(request, sampled)):
+                yield chunk
         finally:
             if not ended:
                 worker.abort.remote(request.request_id)
@@ -75,3 +77,9 @@ class SpreadEngine:
     async def close(self) -> None:
         """Closes its own engine."""
         await self.own.close()
+
+
+def _rest_of(request: GenerateRequest, sampled: tuple[int, ...]) -> GenerateRequest:
+    """What is left of a request of which some tokens are there: a draw depends on its position, not on the request."""
+    left = replace(request.sampling, max_new_tokens=request.sampling.max_new_tokens - len(sampled))
+    return replace(request, prompt_ids=(*request.prompt_ids, *sampled), sampling=left)

@@ -17,6 +17,7 @@ from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightSource, WeightUpdate
 from apr_ray.engines.registry import build_engine
 from apr_ray.model.llama import require_vocabulary
+from apr_ray.parts import own_log
 from apr_ray.rollout.spread import SpreadEngine
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
@@ -99,6 +100,7 @@ class RolloutWorker:
         require_mode(self.mode, config.engine.name, self.engine.capabilities.keeps_kv)
         self.lanes: Engine = self.engine
         self.received: WeightUpdate | None = None
+        self.held: WeightUpdate | None = None
         self.trees = _Trees()
         self.bounds = bounds_of(config.bounds)
         self.started = 0
@@ -107,9 +109,12 @@ class RolloutWorker:
         """The engine as configured; this process ends with it."""
         return build_engine(config.engine, checkpoint, _exit_with_engine)
 
-    async def ready(self) -> str:
-        """Returns once the engine is built."""
-        return self.worker_id
+    async def join(self, source: WeightSource | None) -> str:
+        """Take the pool's current weights, if they are not the checkpoint's; returns where this worker logs."""
+        if source is not None:
+            self.held = await asyncio.to_thread(source.fetch)
+            await self.engine.update_weights(self.held)
+        return own_log()
 
     async def run_tree(self, request: TreeRequest) -> ThreadTree:
         """Run one tree to its end."""
@@ -147,25 +152,28 @@ class RolloutWorker:
             raise SyncFailed("no weights were received", "Send them before they are applied")
         async with self.trees.halted(drain=self.mode == "drain"):
             await self.engine.update_weights(update, keep_kv=self.mode == "in_flight")
+        self.held = update
+
+    async def held_weights(self) -> tuple[WeightUpdate | None, None]:
+        """The update that the engine runs, for a worker that joins late; None before the first. The second value says
+        that this one lives, without the first being fetched."""
+        return self.held, None
 
     async def sample_for_check(
-        self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
-    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        """Short generations with their logprobs, to compare with the learner's."""
-        out = []
-        for number, prompt in enumerate(prompts):
-            request = GenerateRequest(
-                f"check-{number:06d}", prompt, SamplingParams(temperature, max_new_tokens=tokens, seed=number)
-            )
-            ids: list[int] = []
-            logprobs: list[float] = []
-            async for chunk in self.engine.generate(request):
-                if chunk.finish is FinishReason.ERROR:
-                    raise RuntimeError(chunk.error)
-                ids += chunk.token_ids
-                logprobs += chunk.logprobs
-            out.append((tuple(ids), tuple(logprobs)))
-        return out
+        self, number: int, prompt: tuple[int, ...], tokens: int, temperature: float
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """A short generation with its logprobs, to compare with the learner's; `number` is its seed."""
+        request = GenerateRequest(
+            f"check-{number:06d}", prompt, SamplingParams(temperature, max_new_tokens=tokens, seed=number)
+        )
+        ids: list[int] = []
+        logprobs: list[float] = []
+        async for chunk in self.engine.generate(request):
+            if chunk.finish is FinishReason.ERROR:
+                raise RuntimeError(chunk.error)
+            ids += chunk.token_ids
+            logprobs += chunk.logprobs
+        return tuple(ids), tuple(logprobs)
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""

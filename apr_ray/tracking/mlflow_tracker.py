@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Call, ThreadTree
 
 PARAMS_PER_CALL = 100
@@ -15,7 +17,7 @@ PARAMS_PER_CALL = 100
 
 
 class MlflowTracker:
-    """A run in an MLflow experiment.
+    """A run in an MLflow experiment. Raises AprError where its database or server fails during the run.
 
     Args:
         uri: tracking URI; `sqlite:////abs/path.db` needs no server.
@@ -57,7 +59,8 @@ class MlflowTracker:
         """One request for a whole step."""
         now = int(time.time() * 1000)
         entities = [self.mlflow.entities.Metric(k, v, now, step) for k, v in metrics.items()]
-        self.client.log_batch(self.run_id, metrics=entities)
+        with self._answering():
+            self.client.log_batch(self.run_id, metrics=entities)
 
     def log_trees(self, trees: Sequence[ThreadTree], step: int) -> None:
         """Each tree as a trace: a span for the tree, one per thread, one per call."""
@@ -111,7 +114,18 @@ class MlflowTracker:
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run."""
-        self.client.set_terminated(self.run_id, status)
+        with self._answering():
+            self.client.set_terminated(self.run_id, status)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except self.mlflow.MlflowException as error:
+            raise AprError(
+                f"MLflow failed: {str(error).splitlines()[0]}",
+                "The run's folder has all metrics; go on with --resume RUN, without MLflow if tracking.tracker=none",
+            ) from error
 
 
 def _ns(seconds: float) -> int:

@@ -47,12 +47,12 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
     state = found[1] if found else LoopState()
     start = found[0] / "policy" if found else policy
     on_disk: Path | None = start  # the learners' present weights, where a checkpoint holds them
-    run.truncate_metrics(state.step)
+    run.truncate_metrics(state.metrics_rows)
     train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
     heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
     with ray_session(config), tracked(config, run, state) as tracker:
         learners = LearnerGroup.start(config, grpo.optimizer, str(start))
-        pool = RolloutPool.start(config, str(start))
+        pool = RolloutPool.start(config, str(policy))  # not a checkpoint: those are removed in time
         reward = RewardClient(config.task)
         watch = Watch(config, run, tracker, heldout, bars)
         transport = build_transport(config.weights)
@@ -111,7 +111,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 state.tokens += sum(s.tokens for s in stats)
                 state.elapsed_s = clock.elapsed_s()
                 metrics = step_metrics(trees, made, stats, measured, times, rollout_s)
-                metrics["sync/delta_logprob_mean"] = delta
+                metrics |= {"sync/delta_logprob_mean": delta, "rollout/restarts": float(pool.restarts)}
                 watch.log(metrics, state.step)
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
                 bar.update(min(1.0, done()), note)
@@ -121,10 +121,9 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 if improved or last or state.step % grpo.save_every == 0:
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
-                    checkpoint = run.path / "checkpoints" / f"step-{state.step:06d}"
-                    on_disk = checkpoint / "policy"
-                    if improved:
-                        run.keep_policy(checkpoint, "best")
+                        if improved:
+                            run.keep_policy(folder, "best")
+                    on_disk = run.path / "checkpoints" / f"step-{state.step:06d}" / "policy"
         watch.full_evaluation(pool, reward, state.step)
         transport.close()
         for part in (rollouts, learners, pool, reward):

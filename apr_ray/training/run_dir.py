@@ -6,7 +6,11 @@ runs/NAME/config.yaml             the whole configuration
          batches/step-000011/     a training batch, for `apr-ray audit`
          checkpoints/step-000010/{policy,optimizer,state.json}
          best/                    the policy with the best held-out accuracy
+         judge/                   the policy that the engines of supervised training's evaluations start on
          final/                   the policy at the end
+
+Everything but `metrics.jsonl` is written under a hidden name first, so a killed run leaves whole files and, at most,
+such hidden ones, which `resume` removes.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ class LoopState:
         position: the sampler's.
         best_accuracy: of the held-out evaluations so far.
         tracker_run_id: to go on in the same tracker run.
+        metrics_rows: of `metrics.jsonl`, written before it was saved.
     """
 
     step: int = 0
@@ -51,6 +56,7 @@ class LoopState:
     position: dict[str, int] = field(default_factory=dict)
     best_accuracy: float = -1.0
     tracker_run_id: str = ""
+    metrics_rows: int = 0
 
 
 class RunDir:
@@ -95,7 +101,9 @@ class RunDir:
                 raise ConfigError(
                     f"{path} was run with another config: {'; '.join(changed)}", "Resume without these changes"
                 )
-        return cls(path.resolve(), saved)
+        run = cls(path.resolve(), saved)
+        run._tidy()
+        return run
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 
@@ -118,10 +126,10 @@ class RunDir:
                 break
         return rows
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop lines after `step`: a resumed run writes them again."""
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    def truncate_metrics(self, rows: int) -> None:
+        """Keep the first lines: a resumed run writes the others again."""
+        kept = self.metrics()[:rows]
+        _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -136,6 +144,7 @@ class RunDir:
         partial.mkdir()
         try:
             yield partial
+            state.metrics_rows = len(self.metrics())
             _write(partial / "state.json", json.dumps(asdict(state), indent=1))
             replace_directory(partial, final)
         except BaseException:
@@ -149,18 +158,30 @@ class RunDir:
         found = sorted((self.path / "checkpoints").glob("step-*"))
         if not found:
             return None
-        state = LoopState(**json.loads((found[-1] / "state.json").read_text()))
+        data = json.loads((found[-1] / "state.json").read_text())
+        data.setdefault("metrics_rows", sum(row["step"] <= data["step"] for row in self.metrics()))  # older runs
+        state = LoopState(**data)
         version = WeightVersion.parse(state.version)
         state.version = str(WeightVersion(version.incarnation + 1, version.counter))
         return found[-1], state
 
     def keep_policy(self, checkpoint: Path, name: str) -> Path:
-        """Copy a checkpoint's policy to `best` or `final`, whole."""
+        """Copy a checkpoint's policy to `best`, `judge` or `final`, whole."""
         partial = self.path / f".{name}.partial-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(checkpoint / "policy", partial)
         replace_directory(partial, self.path / name)
         return self.path / name
+
+    def _tidy(self) -> None:
+        """Finish or undo what a killed process left half done (see `replace_directory`)."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "batches"):
+            for old in folder.glob(".*.old-*"):
+                replaced = folder / old.name[1:].rpartition(".old-")[0]
+                if not replaced.exists():
+                    os.replace(old, replaced)
+            for left in (*folder.glob(".*.old-*"), *folder.glob(".*.partial-*")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def find_policy(path: Path) -> Path:

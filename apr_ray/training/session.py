@@ -14,6 +14,7 @@ import ray
 from apr_ray.config import Config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.core.tracker import Tracker
+from apr_ray.engines.process_guard import ProcessGuard
 from apr_ray.tracking.trackers import build_tracker
 from apr_ray.training.run_dir import LoopState, RunDir, flat_params
 
@@ -35,12 +36,36 @@ class Clock:
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connect to Ray, or start a private one that ends with the block. Does nothing inside another session."""
+    """Connect to Ray, or start a private one. All that runs there ends with the block, or with this process.
+
+    Does nothing inside another session.
+    """
     if ray.is_initialized():
         yield
         return
+    start = _private_ray if config.ray.address is None else _cluster
+    with start(config):
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _cluster(config: Config) -> Iterator[None]:
+    try:
+        ray.init(address=config.ray.address, log_to_driver=False)
+    except ConnectionError as error:
+        raise AprError(
+            f"no Ray cluster at {config.ray.address!r}: {error}", "Start one, or leave ray.address out"
+        ) from error
+    yield
+
+
+@contextmanager
+def _private_ray(config: Config) -> Iterator[None]:
     port = config.ray.dashboard_port
-    if port and config.ray.address is None and _is_busy(port):
+    if port and _is_busy(port):
         raise ConfigError(f"ray.dashboard_port {port} is in use", "Choose a free port, or 0 for no dashboard")
     needed = (
         config.rollout.workers * config.rollout.cpus_per_worker
@@ -48,10 +73,9 @@ def ray_session(config: Config) -> Iterator[None]:
         + 0.1
         + config.data.workers * 0.5
     )
+    guard = ProcessGuard()
     try:
-        if config.ray.address is not None:
-            ray.init(address=config.ray.address, log_to_driver=False)
-        else:
+        with guard.marking():
             # Learners and rollout workers take turns, so a machine may promise more CPUs than it has.
             ray.init(
                 num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
@@ -60,14 +84,9 @@ def ray_session(config: Config) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except ConnectionError as error:
-        raise AprError(
-            f"no Ray cluster at {config.ray.address!r}: {error}", "Start one, or leave ray.address out"
-        ) from error
-    try:
         yield
     finally:
-        ray.shutdown()
+        guard.close()
 
 
 def _is_busy(port: int) -> bool:

@@ -39,13 +39,13 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         child_share=sft.child_share,
         position=state.position,
     )
-    run.truncate_metrics(state.step)
+    run.truncate_metrics(state.metrics_rows)
     evaluation = config.evaluation
     heldout = load_task(config.task).problems(evaluation.split, evaluation.during_training_problems, config.run.seed)
     with ray_session(config), tracked(config, run, state) as tracker:
         learners = LearnerGroup.start(config, sft.optimizer, config.init_from)
         watch = Watch(config, run, tracker, heldout, bars)
-        judge = _Judge(config, learners)
+        judge = _Judge(config, run, learners)
         if found:
             learners.load(found[0])
         clock = Clock(state.elapsed_s)
@@ -88,9 +88,8 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                     state.elapsed_s, state.position = clock.elapsed_s(), dict(sampler.position)
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
-                        improved = due and watch.quick_evaluation(*judge.of(folder), state)
-                    if improved:
-                        run.keep_policy(run.path / "checkpoints" / f"step-{state.step:06d}", "best")
+                        if due and watch.quick_evaluation(*judge.of(folder), state):
+                            run.keep_policy(folder, "best")
         learners.stop()
         judge.stop()
     latest = run.latest()
@@ -113,18 +112,19 @@ class _Judge:
     """The engines and the reward actor that evaluate a policy in training; started when first needed, since most of
     supervised training needs none."""
 
-    def __init__(self, config: Config, learners: LearnerGroup) -> None:
+    def __init__(self, config: Config, run: RunDir, learners: LearnerGroup) -> None:
         self.config = config
+        self.run = run
         self.learners = learners
         self.evaluations = 0
         self.transport = build_transport(config.weights)
         self.parts: tuple[RolloutPool, RewardClient] | None = None
 
     def of(self, checkpoint: Path) -> tuple[RolloutPool, RewardClient]:
-        """Both parts, the engines running the learners' present policy, which has just been saved as `checkpoint`."""
+        """Both parts, the engines running the learners' present policy, which has just been saved in `checkpoint`."""
         self.evaluations += 1
         if self.parts is None:
-            pool = RolloutPool.start(self.config, str(checkpoint / "policy"))
+            pool = RolloutPool.start(self.config, str(self.run.keep_policy(checkpoint, "judge")))
             self.parts = pool, RewardClient(self.config.task)
         else:
             self.transport.broadcast(self.learners, self.parts[0], WeightVersion(0, self.evaluations))

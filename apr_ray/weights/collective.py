@@ -11,7 +11,7 @@ epoch: when the pool's workers change, the next version is sent over a new group
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -22,12 +22,13 @@ import torch
 import torch.distributed
 
 from apr_ray.config import WeightsConfig
-from apr_ray.core.errors import SyncFailed, WeightsRejected
-from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, pieces_of
+from apr_ray.core.errors import PartDied, SyncFailed, WeightsRejected
+from apr_ray.core.weights import SyncReport, TensorSpec, WeightUpdate, WeightVersion, pieces_of
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.state import checksum
-from apr_ray.rollout.pool import RolloutPool
-from apr_ray.weights.transport import Transport
+from apr_ray.parts import DEAD
+from apr_ray.rollout.pool import Membership, RolloutPool, Worker
+from apr_ray.weights.transport import Sending, Transport, receive
 
 dist: Any = torch.distributed  # its stub names none of the classes used here
 
@@ -40,36 +41,45 @@ class CollectiveTransport(Transport):
         super().__init__(config)
         self.epoch = 0
         self.size = 0
-        self.members: tuple[str, ...] = ()
+        self.members: Membership | None = None
         self.layout: tuple[TensorSpec, ...] = ()
         self.address = ("", 0)
 
-    def send(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> dict[str, Any]:
-        """See `Transport.send`."""
-        if self.members != pool.members():
-            self._regroup(learners, pool)
-        sources = [
-            CollectiveSource(self._place(rank), self.layout, self.config.piece_numbers, version)
-            for rank in range(1, self.size)
-        ]
-        return self.send_into_sink(learners, version) | pool.receive_weights_each(sources)
+    def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
+        """See `Transport.send`. A group in which somebody failed is not used again."""
+        if self.members != members or self.opened is not learners:
+            self.epoch += 1
+            self.size = 1 + len(members.workers)
+            self.layout, self.address = self.open_sink(learners, CollectiveSink(self._place(0)))
+            self.members = members
+        calls = self.send_into_sink(learners, version)
+        for rank, worker in enumerate(members.workers, start=1):
+            source = CollectiveSource(self._place(rank), self.layout, self.config.piece_numbers, version)
+            calls |= receive([worker], source)
+        return Sending(calls, lambda: _held_by_one_of(members.workers))
 
-    def _regroup(self, learners: LearnerGroup, pool: RolloutPool) -> None:
-        self.epoch += 1
-        self.size = 1 + len(pool.workers)
-        self.layout, self.address = self.open_sink(learners, CollectiveSink(self._place(0)))
-        self.members = pool.members()
+    def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
+        """See `core.weights.WeightTransport.broadcast`."""
+        try:
+            return super().broadcast(learners, pool, version)
+        except BaseException:
+            self.members = None
+            raise
 
     def _place(self, rank: int) -> Place:
         return Place(self.address, rank, self.size, self.epoch, self.config.backend, self.config.timeout_s)
 
-    def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> Any:
-        """See `core.weights.WeightTransport.broadcast`. A group in which somebody failed is not used again."""
+
+def _held_by_one_of(workers: Sequence[Worker]) -> Any:
+    """An object reference to the weights that came by the group, from the first of these workers that lives."""
+    for worker in workers:
+        held, done = worker.actor.held_weights.options(num_returns=2).remote()
         try:
-            return super().broadcast(learners, pool, version)
-        except BaseException:
-            self.members = ()
-            raise
+            ray.get(done)
+        except DEAD:
+            continue
+        return held
+    raise PartDied("no worker is left that holds the current weights", "Go on with --resume RUN")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from apr_ray.core.errors import SyncFailed
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.state import checksum
-from apr_ray.rollout.pool import RolloutPool
-from apr_ray.weights.transport import Transport, wait_for_all
+from apr_ray.rollout.pool import Membership
+from apr_ray.weights.transport import Sending, Transport, receive, wait_for_all
 
 
 class DiskTransport(Transport):
@@ -33,13 +33,14 @@ class DiskTransport(Transport):
         super().__init__(config)
         self.folder = Path(config.folder or "").absolute()
 
-    def send(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> dict[str, Any]:
+    def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """See `Transport.send`."""
         if self.opened is not learners:
             self.open_sink(learners, FileSink(str(self.folder)))
         calls = self.send_into_sink(learners, version)
         path = wait_for_all(calls, self.config.timeout_s, f"the sync of weights {version}")[0]
-        return pool.receive_weights(ray.put(FileSource(path)))
+        source = FileSource(path)
+        return Sending(receive(members.workers, source), lambda: ray.put(source))
 
 
 @dataclass

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.rollout.pool import RolloutPool
-from apr_ray.weights.transport import Transport
+from apr_ray.rollout.pool import Membership
+from apr_ray.weights.transport import Sending, Transport, receive
 
 
 class ObjectStoreTransport(Transport):
     """Elastic: a worker needs nothing but the reference. A whole copy of the weights lies at rank 0 meanwhile, and one
     per node that has workers."""
 
-    def send(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> dict[str, Any]:
+    def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """See `Transport.send`."""
-        return pool.receive_weights(learners.weights(version))
+        update = learners.weights(version)
+        return Sending(receive(members.workers, update), lambda: update)

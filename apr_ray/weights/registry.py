@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from apr_ray.config import WeightsConfig
 from apr_ray.core.weights import SyncReport, WeightVersion
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.rollout.pool import RolloutPool
-from apr_ray.weights.transport import Transport
+from apr_ray.rollout.pool import Membership, RolloutPool
+from apr_ray.weights.transport import Sending, Transport
 
 
 class NoTransport(Transport):
     """Sends nothing. A control: engines that do not follow the learners must be noticed."""
 
-    def send(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> dict[str, Any]:
+    def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """Nothing."""
-        return {}
+        return Sending({}, lambda: None)
 
     def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
         """Nothing either."""

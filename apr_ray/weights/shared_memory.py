@@ -15,21 +15,21 @@ from apr_ray.core.errors import SyncFailed
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.state import checksum
-from apr_ray.rollout.pool import RolloutPool
-from apr_ray.weights.transport import Transport, wait_for_all
+from apr_ray.rollout.pool import Membership
+from apr_ray.weights.transport import Sending, Transport, receive, wait_for_all
 
 
 class SharedMemoryTransport(Transport):
     """Two buffers of the weights' size by turns, in anonymous files (memfd): the memory is gone with the last process
     that maps it, however that ends. Linux only, one node only."""
 
-    def send(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> dict[str, Any]:
+    def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """See `Transport.send`."""
         if self.opened is not learners:
             self.open_sink(learners, MemorySink())
         calls = self.send_into_sink(learners, version)
         source = wait_for_all(calls, self.config.timeout_s, f"the sync of weights {version}")[0]
-        return pool.receive_weights(ray.put(source))
+        return Sending(receive(members.workers, source), lambda: ray.put(source))
 
 
 @dataclass

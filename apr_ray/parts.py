@@ -1,0 +1,35 @@
+"""What all actors have in common: where each logs, and the error that names a dead one."""
+
+from __future__ import annotations
+
+import re
+
+import ray
+
+from apr_ray.core.errors import PartDied
+
+DEAD = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
+"""What Ray raises for an answer that will not come: the actor died, or the machine that held its answer did."""
+REASON_WIDTH = 200
+
+
+def own_log() -> str:
+    """In an actor: the file with what this process writes to stderr, as `machine:path`."""
+    context = ray.get_runtime_context()
+    folder = f"{context.get_temp_dir()}/{context.get_session_name()}/logs"
+    return f"{ray.util.get_node_ip_address()}:{folder}/worker-{context.get_worker_id()}-*.err"  # type: ignore[no-untyped-call]
+
+
+def reason(error: Exception) -> str:
+    """Why an actor died, as Ray tells it: the first sentences of its last line."""
+    sentences = re.split(r"(?<=\.) ", str(error).strip().splitlines()[-1])
+    text = sentences.pop(0)
+    while sentences and len(text) + len(sentences[0]) < REASON_WIDTH:
+        text = f"{text} {sentences.pop(0)}"
+    return text.rstrip(".")
+
+
+def died(part: str, error: Exception, log: str) -> PartDied:
+    """The error that ends a run whose `part` died; `log` is its `own_log`, "" where it never told."""
+    where = f"Its log is {log}; g" if log else "G"
+    return PartDied(f"{part} died: {reason(error)}", f"{where}o on with --resume RUN")
