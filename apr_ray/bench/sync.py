@@ -204,7 +204,8 @@ def _open_baseline(actor: Any, place: Place) -> tuple[str, int]:
     update = actor.trainer.weights(WeightVersion(0, 0))
     actor.baseline = CollectiveSink(place)
     actor.flat = torch.from_numpy(update.flat)
-    return actor.baseline.open()
+    address: tuple[str, int] = actor.baseline.open()
+    return address
 
 
 def _send_flat(actor: Any) -> None:

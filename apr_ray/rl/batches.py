@@ -35,7 +35,7 @@ def grpo_batch(
     *,
     skip_zero_advantage: bool,
     stale: Sequence[Group] = (),
-    advantage: AdvantageKind = "group",
+    advantage_kind: AdvantageKind = "group",
 ) -> GrpoBatch:
     """Trees with rewards as one batch; the same advantage for every call of a tree.
 
@@ -44,7 +44,7 @@ def grpo_batch(
         skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
             is 0 then. Their tokens are counted, and their trees stay in the denominator.
         stale: groups that are not used because they are too old; their tokens are counted.
-        advantage: see `rl.advantages.ADVANTAGES`.
+        advantage_kind: see `rl.advantages.ADVANTAGES`.
     """
     total_trees = sum(len(group.trees) for group in groups)
     sequences: list[TrainSequence] = []
@@ -56,7 +56,7 @@ def grpo_batch(
         rewards = [tree.reward for tree in group.trees]
         if any(reward is None for reward in rewards):
             raise ValueError(f"group {group.problem_key} has a tree without a reward")
-        advantages = ADVANTAGES[advantage]([float(r) for r in rewards if r is not None])
+        advantages = ADVANTAGES[advantage_kind]([float(r) for r in rewards if r is not None])
         zero_variance += not any(advantages)
         for tree, advantage in zip(group.trees, advantages, strict=True):
             counts = tree.dispositions()

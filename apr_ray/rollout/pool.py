@@ -139,20 +139,14 @@ class RolloutPool:
 
     def run(self, requests: Sequence[TreeRequest]) -> Iterator[tuple[int, ThreadTree]]:
         """Run trees; yields (index of the request, tree) in the order they end."""
-        return self._spread([lambda actor, request=request: actor.run_tree.remote(request) for request in requests])
+        return self._spread([ask("run_tree", request) for request in requests])
 
     def sample_for_check(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
     ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]:
         """(prompt, sampled ids, logprobs); the prompts are dealt out among the workers, the draws depend on neither."""
-        made = dict(
-            self._spread(
-                [
-                    lambda actor, i=i, prompt=prompt: actor.sample_for_check.remote(i, prompt, tokens, temperature)
-                    for i, prompt in enumerate(prompts)
-                ]
-            )
-        )
+        calls = [ask("sample_for_check", i, prompt, tokens, temperature) for i, prompt in enumerate(prompts)]
+        made = dict(self._spread(calls))
         return [(prompt, *made[i]) for i, prompt in enumerate(prompts)]
 
     def _spread(self, calls: Sequence[Callable[[Any], Any]]) -> Iterator[tuple[int, Any]]:
@@ -188,7 +182,7 @@ class RolloutPool:
 
     def stats(self) -> list[EngineStats]:
         """Each ready engine's counters."""
-        return self.everywhere(lambda actor: actor.stats.remote())
+        return self.everywhere(ask("stats"))
 
     def stop(self) -> None:
         """End the workers."""
@@ -284,6 +278,11 @@ class RolloutPool:
         self._admit()
         came: list[Any] = ray.wait(awaited, num_returns=len(awaited), timeout=0)[0] if awaited else []
         return came
+
+
+def ask(method: str, *arguments: Any) -> Callable[[Any], Any]:
+    """A call that can be made on any worker's actor."""
+    return lambda actor: getattr(actor, method).remote(*arguments)
 
 
 def _name(place: int) -> str:

@@ -85,7 +85,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 times.append(time.perf_counter())
                 groups, stale = fresh_groups(group(trees, grpo.group_size), version, grpo.max_staleness)
                 made = grpo_batch(
-                    groups, skip_zero_advantage=not grpo.kl_coefficient, stale=stale, advantage=grpo.advantage
+                    groups, skip_zero_advantage=not grpo.kl_coefficient, stale=stale, advantage_kind=grpo.advantage
                 )
                 rate = learning_rate(grpo.optimizer, state.step, done())
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
