@@ -170,6 +170,21 @@ class GrpoConfig(Section):
     """`random` draws every tree's reward by a fair coin: a control, from which nothing can be learned."""
     clip: PositiveFloat = 0.2
     """PPO's clip range on the ratio."""
+    loss_mean: Literal["call", "tree", "token"] = "call"
+    """What the loss is a mean of. `call`, as in the paper: of a call's tokens, then of a tree's calls, then of trees;
+    `tree`: of a tree's tokens, then of trees; `token`: of all tokens of the batch."""
+    ratio: Literal["behaviour", "proximal"] = "behaviour"
+    """Whose probability the clipped ratio divides by: the engine's that drew the token, or the learner's at the start
+    of the batch. The latter clips the learner's own steps alone; `correction` then accounts for the engine."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """With `ratio: proximal`, what is done with the importance weight proximal / behaviour: left out, cut off at
+    `correction_cap`, or set to 0 outside [1 / cap, cap]. It multiplies the loss without its KL term."""
+    correction_level: Literal["token", "call", "tree"] = "token"
+    """Over what the weight is taken: a token, or the product over the trained tokens of its call or tree."""
+    correction_cap: Annotated[float, Field(gt=1)] = 2.0
+    """Largest importance weight."""
+    correction_from: Rate = 0.0
+    """Weights are 1 in a batch whose mean |Δ logprob| between engine and learner is not above this."""
     kl_coefficient: Rate = 0.001
     """Weight of the k3 penalty against the initial policy; 0 leaves it out."""
     temperature: PositiveFloat = 1.0
@@ -192,6 +207,15 @@ class GrpoConfig(Section):
     def _overlap_is_stale(self) -> GrpoConfig:
         if self.overlap and self.max_staleness < 1:
             raise ValueError("overlap samples one version off: max_staleness must be at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def _correction_has_something_to_correct(self) -> GrpoConfig:
+        if self.correction != "none" and self.ratio == "behaviour":
+            raise ValueError(
+                f"correction {self.correction} needs ratio proximal; ratio {self.ratio} divides by the engine's"
+                " probability already"
+            )
         return self
 
 
@@ -322,7 +346,8 @@ class WeightsConfig(Section):
     folder: str | None = None
     """Where the disk transport writes; all nodes must see it."""
     mismatch_tolerance: PositiveFloat = 1e-3
-    """Largest mean |Δ logprob| between engine and learner after a sync; above it the run stops."""
+    """Largest mean |Δ logprob| between engine and learner after a sync, and on those tokens of a batch that the
+    learner's present weights drew; above it the run stops."""
     check_calls: Positive = 8
     """Calls compared after each sync."""
 

@@ -3,8 +3,8 @@
     problems ─▶ pool.run ─▶ reward.score ─▶ grpo_batch ─▶ learners.grpo_step ─▶ broadcast ─▶ check ─▶ next step
 
 Departures from textbook GRPO: the loss of a call is the mean over its tokens, of a tree the mean over its calls; the
-old policy of the ratio is the engine that drew the tokens; groups without variance are left out when there is no KL
-term.
+old policy of the ratio is the engine that drew the tokens (`grpo.loss_mean` and `grpo.ratio` change that); groups
+without variance are left out when there is no KL term.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from apr_ray.config import Config
+from apr_ray.config import Config, GrpoConfig
 from apr_ray.core.errors import MismatchError
 from apr_ray.core.ledger import Group, Problem, ThreadTree
 from apr_ray.core.weights import WeightVersion
@@ -24,6 +24,7 @@ from apr_ray.evaluation.evaluate import tree_seed
 from apr_ray.evaluation.kept_batch import KeptStep, Reported, keep_batch
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats
+from apr_ray.metrics.mismatch import mismatch_metrics
 from apr_ray.metrics.trees import failure_reasons, staleness, tree_metrics
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import GrpoBatch, grpo_batch
@@ -65,7 +66,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
             transport.broadcast(learners, pool, version)
         else:
             watch.full_evaluation(pool, reward, 0)
-        how = GrpoStep(grpo.clip, grpo.kl_coefficient, grpo.temperature, grpo.inner_steps)
+        how = GrpoStep.of(grpo)
         clock = Clock(state.elapsed_s)
 
         def done() -> float:
@@ -83,23 +84,15 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 if grpo.reward == "random":
                     trees = randomly_rewarded(trees, seed, state.step)
                 times.append(time.perf_counter())
-                groups, stale = fresh_groups(group(trees, grpo.group_size), version, grpo.max_staleness)
-                made = grpo_batch(
-                    groups, skip_zero_advantage=not grpo.kl_coefficient, stale=stale, advantage_kind=grpo.advantage
-                )
+                made = batch_of(trees, grpo, version)
                 rate = learning_rate(grpo.optimizer, state.step, done())
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
                 times.append(time.perf_counter())
                 if on_disk and grpo.keep_batches != "off":
                     what = kept_step(config, state.step + 1, version, made, stats, str(policy))
                     keep_batch(run.path, what, trees, on_disk, only_newest=grpo.keep_batches == "last")
-                on_policy = staleness(trees, version.counter) == 0  # else the policy itself has moved
-                if stats and on_policy and stats[0].delta_sum > config.weights.mismatch_tolerance * stats[0].tokens:
-                    raise MismatchError(
-                        f"step {state.step}: engines and learners differ by {stats[0].delta_sum / stats[0].tokens:.2e}"
-                        f" in logprob per token, tolerance {config.weights.mismatch_tolerance:.0e}",
-                        "The trees were not drawn from the learners' policy",
-                    )
+                if config.weights.mode != "in_flight":  # else older KV makes a difference of its own
+                    check_mismatch(stats, version, config.weights.mismatch_tolerance)
                 measured = version
                 version = version.next()
                 transport.broadcast(learners, pool, version)
@@ -192,6 +185,18 @@ def group(trees: Sequence[ThreadTree], size: int) -> list[Group]:
     return [Group(trees[i].problem_key, tuple(trees[i : i + size])) for i in range(0, len(trees), size)]
 
 
+def batch_of(trees: Sequence[ThreadTree], grpo: GrpoConfig, version: WeightVersion) -> GrpoBatch:
+    """A step's trees, with their rewards, as the configured objective takes them."""
+    fresh, stale = fresh_groups(group(trees, grpo.group_size), version, grpo.max_staleness)
+    return grpo_batch(
+        fresh,
+        skip_zero_advantage=not grpo.kl_coefficient,
+        stale=stale,
+        loss_mean=grpo.loss_mean,
+        advantage_kind=grpo.advantage,
+    )
+
+
 def fresh_groups(
     groups: Sequence[Group], version: WeightVersion, max_staleness: int
 ) -> tuple[list[Group], list[Group]]:
@@ -208,16 +213,28 @@ def fresh_groups(
     return fresh, stale
 
 
+def check_mismatch(stats: Sequence[StepStats], version: WeightVersion, tolerance: float) -> None:
+    """Raise MismatchError where engines and learners differ too much on tokens said to be drawn under the learners'
+    `version`: older ones differ for a reason."""
+    found = stats[0].mismatch if stats else None
+    own = found.versions.get(version.counter) if found else None
+    if own and own.delta_mean > tolerance:
+        raise MismatchError(
+            f"weights {version}: engines and learners differ by {own.delta_mean:.2e} in logprob per token, tolerance"
+            f" {tolerance:.0e}",
+            "The trees were not drawn from the learners' policy",
+        )
+
+
 def kept_step(
     config: Config, step: int, version: WeightVersion, made: GrpoBatch, stats: Sequence[StepStats], reference: str
 ) -> KeptStep:
     """A step as `apr-ray audit` will want to know it."""
     grpo = config.grpo
     reported = None
-    if stats:
-        first = stats[0]
-        delta_mean = first.delta_sum / max(1, first.tokens)
-        reported = Reported(first.loss, first.kl, first.grad_norm, first.tokens, delta_mean, first.delta_max)
+    if stats and (found := stats[0].mismatch):
+        one = stats[0]
+        reported = Reported(one.loss, one.kl, one.grad_norm, one.tokens, found.delta_mean, found.delta_max, one.cut)
     return KeptStep(
         step=step,
         version=str(version),
@@ -229,6 +246,13 @@ def kept_step(
         reference=reference if grpo.kl_coefficient else "",
         dispositions={disposition.value: n for disposition, n in made.dispositions.items()},
         reported=reported,
+        advantage=grpo.advantage,
+        loss_mean=grpo.loss_mean,
+        ratio=grpo.ratio,
+        correction=grpo.correction,
+        correction_level=grpo.correction_level,
+        correction_cap=grpo.correction_cap,
+        correction_from=grpo.correction_from,
     )
 
 
@@ -271,7 +295,8 @@ def step_metrics(
             "train/clip_fraction": last.clipped / max(1, last.tokens),
             "train/tokens": float(first.tokens),
             "train/tokens_per_s": sum(s.tokens for s in stats) / learn_s,
-            "train/delta_logprob_mean": first.delta_sum / max(1, first.tokens),
-            "train/delta_logprob_max": first.delta_max,
+            "train/mismatch/cut": first.cut / max(1, first.tokens),
         }
+        if first.mismatch:
+            out |= mismatch_metrics(first.mismatch, version.counter)
     return out
