@@ -117,6 +117,9 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment. Where it is larger than that root, steps are in proportion to the
     gradient, as in SGD with momentum: less noise goes into parameters whose gradient is small."""
+    final_norm_scale: PositiveFloat | None = None
+    """Learning rate of the last normalisation's gains over `learning_rate`, with an `eps` of 1e-8. They scale all
+    logits, so this is how fast a policy may become surer of itself as a whole. The same rate where not given."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
 

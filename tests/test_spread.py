@@ -7,25 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from apr_ray.bench.recording import fresh_policy, record
+from apr_ray.bench.rollout import replaying_pool
 from apr_ray.config import Config
 from apr_ray.core.engine import FinishReason
-from apr_ray.core.ledger import ThreadTree
 from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
+from apr_ray.model.llama import save_policy
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.spread import SpreadEngine
-from apr_ray.tasks.countdown.task import CountdownTask
-from apr_ray.threads.runtime import TreeRequest
+from apr_ray.tasks.registry import load_task
 
 
 def spread(config: Config, fan_out: str, workers: int) -> Config:
     rollout = config.rollout.model_copy(update={"fan_out": fan_out, "workers": workers})
     engine = config.engine.model_copy(update={"deterministic": True, "max_sequences": 16})
     return config.model_copy(update={"rollout": rollout, "engine": engine})
-
-
-def sampled(tree: ThreadTree) -> list[tuple[object, ...]]:
-    """What contract 7 compares."""
-    return sorted((c.path, c.segment, c.sampled_ids, c.logprobs) for c in tree.calls)
 
 
 def test_siblings_are_apart_and_a_threads_calls_come_to_one_engine() -> None:
@@ -35,24 +31,24 @@ def test_siblings_are_apart_and_a_threads_calls_come_to_one_engine() -> None:
     assert lanes.place((0, 1)) == lanes.place((0, 1))
 
 
-def test_spread_trees_are_the_local_ones(
-    ray_local: None, small_config: Config, checkpoint: Path, task: CountdownTask
-) -> None:
-    """In deterministic mode the tokens of every thread are those of the local run; children come from two engines."""
-    requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", 24, 0))]
-    trees = {}
-    for fan_out, workers in (("local", 1), ("spread", 2)):
-        pool = RolloutPool.start(spread(small_config, fan_out, workers), str(checkpoint))
-        ended = dict(pool.run(requests))
-        trees[fan_out] = [ended[i] for i in range(len(requests))]
-        assert all(s.active_requests == s.waiting_requests == 0 for s in pool.stats())
-        pool.stop()
-    children = [c for tree in trees["spread"] for c in tree.calls if c.path]
-    assert children, "no tree spawned: the test would prove nothing"
-    roots = {tree.tree_id: c.engine_id for tree in trees["spread"] for c in tree.calls if not c.path}
-    elsewhere = [t.tree_id for t in trees["spread"] for c in t.calls if c.path and c.engine_id != roots[t.tree_id]]
-    assert elsewhere
-    assert [sampled(t) for t in trees["local"]] == [sampled(t) for t in trees["spread"]]
+def test_spread_trees_are_the_local_ones(ray_local: None, tmp_path: Path) -> None:
+    """Recorded trees, replayed: every call has its tokens, whichever engine drew them, and both drew children."""
+    recording = record(8)
+    config = recording.config
+    save_policy(fresh_policy(config), load_task(config.task).tokenizer(), config.task, tmp_path / "policy")
+    pool = replaying_pool(recording, str(tmp_path / "policy"), workers=2, fan_out="spread")
+    trees = dict(pool.run(recording.requests))
+    assert all(s.active_requests == s.waiting_requests == 0 for s in pool.stats())
+    pool.stop()
+    for number, recorded in enumerate(recording.trees):
+        calls = {(c.path, c.segment): c for c in trees[number].calls}
+        assert {place: c.sampled_ids for place, c in calls.items()} == {
+            (c.path, c.segment): c.sampled_ids for c in recorded.calls
+        }
+        root = calls[(), 0].engine_id
+        for (path, _), call in calls.items():
+            assert (call.engine_id == root) == (not path or path[0] % 2 == 1)
+    assert any(len(c.path) for tree in recording.trees for c in tree.calls), "no tree spawned"
 
 
 def test_a_child_whose_worker_dies_goes_on_where_its_parent_is(

@@ -58,6 +58,7 @@ def learners(ray_local: None, small_config: Config, checkpoint: Path) -> Iterato
 @pytest.fixture(scope="module")
 def pool(ray_local: None, small_config: Config, checkpoint: Path) -> Iterator[RolloutPool]:
     started = RolloutPool.start(small_config, str(checkpoint))
+    wait_until_ready(started, 2)
     yield started
     started.stop()
 

@@ -109,7 +109,7 @@ class Trainer:
         self.rank = rank
         self.world = world
         adamw = torch.optim.AdamW(
-            policy.parameters(),
+            parameter_groups(policy, optimizer),
             lr=optimizer.learning_rate,
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.eps,
@@ -272,7 +272,7 @@ class Trainer:
     def apply(self, learning_rate: float) -> None:
         """The optimiser step at the end of all micro-batches."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("scale", 1.0)
         self.engine.step()
 
     def grad_norm(self) -> float:
@@ -348,6 +348,15 @@ class Trainer:
         path, _ = self.engine.load_checkpoint(str(directory), tag="state")
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {directory}")
+
+
+def parameter_groups(policy: Any, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """All parameters, the last normalisation's apart where `final_norm_scale` is given."""
+    if optimizer.final_norm_scale is None:
+        return [{"params": list(policy.parameters())}]
+    last = policy.model.norm.weight
+    others = [p for p in policy.parameters() if p is not last]
+    return [{"params": others}, {"params": [last], "scale": optimizer.final_norm_scale, "eps": 1e-8}]
 
 
 class _Rows:

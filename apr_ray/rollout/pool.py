@@ -20,6 +20,7 @@ import ray
 
 from apr_ray.config import Config
 from apr_ray.core.engine import EngineStats
+from apr_ray.core.errors import SyncFailed
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.parts import DEAD, died, reason
 from apr_ray.rollout.worker import RolloutWorker
@@ -230,6 +231,10 @@ class RolloutPool:
                 except DEAD as error:
                     self._replace(worker, error)
                     continue
+                except SyncFailed:
+                    if worker.given is self.current:
+                        raise
+                    # what it was given is gone by now
                 if worker.given is self.current:
                     worker.joining = None
                     self._changed()

@@ -74,7 +74,8 @@ class FileSink:
             except BaseException:
                 os.unlink(part.name)
                 raise
-        self.kept.append(path)
+        if path not in self.kept:  # else it was sent again
+            self.kept.append(path)
         for old in self.kept[:-2]:
             old.unlink(missing_ok=True)
         del self.kept[:-2]
