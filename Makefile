@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SGLANG := $(VENV)/.sglang
+SGLANG := $(VENV)/sglang-cpu
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -17,12 +17,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-# SGLang on the CPU, for tests: without its CUDA dependencies.
-sglang: $(SGLANG)
+# SGLang on the CPU, for tests: without its CUDA dependencies, and in a folder of its own, because its torchvision cannot
+# be imported beside a CPU build of torch, at which transformers would fail too.
+sglang: $(SGLANG)/.ready
 
-$(SGLANG): $(READY) constraints-sglang.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-sglang.txt
-	touch $(SGLANG)
+$(SGLANG)/.ready: $(READY) constraints-sglang.txt
+	rm -rf $(SGLANG)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SGLANG) -r constraints-sglang.txt
+	touch $@
 
 quickstart: venv
 	$(BIN)/apr-ray quickstart

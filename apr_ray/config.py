@@ -114,6 +114,12 @@ class OptimizerConfig(Section):
     """Decay of the first moment."""
     beta2: Fraction = 0.95
     """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment. Where it is larger than that root, steps are in proportion to the
+    gradient, as in SGD with momentum: less noise goes into parameters whose gradient is small."""
+    final_norm_scale: PositiveFloat | None = None
+    """Learning rate of the last normalisation's gains over `learning_rate`, with an `eps` of 1e-8. They scale all
+    logits, so this is how fast a policy may become surer of itself as a whole. The same rate where not given."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
 
@@ -160,14 +166,38 @@ class GrpoConfig(Section):
     """Trees per problem, over which advantages are normalised."""
     inner_steps: Positive = 2
     """Optimiser steps on each batch of rollouts."""
+    advantage: Literal["group", "success"] = "group"
+    """`group`: z-scores of a group's rewards. `success`: the reward itself, which with one inner step is supervised
+    training on the solved trees (rejection sampling): a control."""
+    reward: Literal["task", "random"] = "task"
+    """`random` draws every tree's reward by a fair coin: a control, from which nothing can be learned."""
     clip: PositiveFloat = 0.2
     """PPO's clip range on the ratio."""
+    loss_mean: Literal["call", "tree", "token"] = "call"
+    """What the loss is a mean of. `call`, as in the paper: of a call's tokens, then of a tree's calls, then of trees;
+    `tree`: of a tree's tokens, then of trees; `token`: of all tokens of the batch."""
+    ratio: Literal["behaviour", "proximal"] = "behaviour"
+    """Whose probability the clipped ratio divides by: the engine's that drew the token, or the learner's at the start
+    of the batch. The latter clips the learner's own steps alone; `correction` then accounts for the engine."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """With `ratio: proximal`, what is done with the importance weight proximal / behaviour: left out, cut off at
+    `correction_cap`, or set to 0 outside [1 / cap, cap]. It multiplies the loss without its KL term."""
+    correction_level: Literal["token", "call", "tree"] = "token"
+    """Over what the weight is taken: a token, or the product over the trained tokens of its call or tree."""
+    correction_cap: Annotated[float, Field(gt=1)] = 2.0
+    """Largest importance weight."""
+    correction_from: Rate = 0.0
+    """Weights are 1 in a batch whose mean |Δ logprob| between engine and learner is not above this."""
     kl_coefficient: Rate = 0.001
     """Weight of the k3 penalty against the initial policy; 0 leaves it out."""
     temperature: PositiveFloat = 1.0
     """At which trees are sampled, and logprobs taken."""
     max_staleness: Count = 0
     """A tree drawn under weights older than this many versions is not used."""
+    overlap: bool = False
+    """Sample the next step's trees while the learners train on this one's: one version off, so `max_staleness` must be
+    at least 1. Worth it where learners and workers have machines of their own. See `weights.mode` for what becomes of
+    the trees that run when new weights come."""
     eval_every: Positive = 10
     """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 10
@@ -175,6 +205,21 @@ class GrpoConfig(Section):
     keep_batches: Literal["off", "last", "every"] = "last"
     """Batches kept for `apr-ray audit`, with the policy that drew them: of the steps that begin from a checkpoint, as
     that policy lies on disk anyway; the last of them, or every one."""
+
+    @model_validator(mode="after")
+    def _overlap_is_stale(self) -> GrpoConfig:
+        if self.overlap and self.max_staleness < 1:
+            raise ValueError("overlap samples one version off: max_staleness must be at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def _correction_has_something_to_correct(self) -> GrpoConfig:
+        if self.correction != "none" and self.ratio == "behaviour":
+            raise ValueError(
+                f"correction {self.correction} needs ratio proximal; ratio {self.ratio} divides by the engine's"
+                " probability already"
+            )
+        return self
 
 
 class BoundsConfig(Section):
@@ -275,6 +320,9 @@ class RolloutConfig(Section):
     """Trees each worker runs at the same time."""
     cpus_per_worker: Rate = 0.5
     """Ray CPUs reserved per worker."""
+    fan_out: Literal["local", "spread"] = "local"
+    """Where children decode: on their parent's engine, or spread over the engines of all workers, which cuts a tree's
+    latency while engines idle. A parent always stays where its prefix is cached."""
     max_restarts: Count = 3
     """Workers that may die, each being replaced, before the run ends."""
     budget: Positive | None = None
@@ -285,10 +333,32 @@ class RolloutConfig(Section):
 class WeightsConfig(Section):
     """Weight sync and its check."""
 
+    transport: Literal["object_store", "collective", "shared_memory", "disk", "none"] = "object_store"
+    """How weights get from the learners to the workers: Ray's object store (any number of nodes, workers may come and
+    go); a torch.distributed broadcast (the least memory and copies); memory shared on one node; files; or not at all,
+    a control at which the check after the sync must stop the run."""
+    mode: Literal["drain", "pause", "in_flight"] = "pause"
+    """What becomes of trees that run when new weights come: they end first; they pause, and their KV is computed again;
+    or they go on between two steps with the KV they have (engines that can: torch, sglang)."""
+    piece_numbers: Positive = 4_000_000
+    """Numbers sent at a time, by all transports but the object store; a larger parameter goes alone."""
+    timeout_s: PositiveFloat = 120.0
+    """Longest wait for any part during a sync; then the run stops and says who is missing."""
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """Of the collective transport: between CPUs, or between GPUs."""
+    folder: str | None = None
+    """Where the disk transport writes; all nodes must see it."""
     mismatch_tolerance: PositiveFloat = 1e-3
-    """Largest mean |Δ logprob| between engine and learner after a sync; above it the run stops."""
+    """Largest mean |Δ logprob| between engine and learner after a sync, and on those tokens of a batch that the
+    learner's present weights drew; above it the run stops."""
     check_calls: Positive = 8
     """Calls compared after each sync."""
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> WeightsConfig:
+        if self.transport == "disk" and self.folder is None:
+            raise ValueError("transport disk needs weights.folder, a folder that all nodes share")
+        return self
 
 
 class EvalConfig(Section):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from apr_ray.evaluation.audit import audit_batch
 from apr_ray.evaluation.kept_batch import KeptBatch, KeptStep, Reported, find_batch, keep_batch, read_batch
 from apr_ray.model.llama import load_policy, save_policy
 from apr_ray.rl.batches import GrpoBatch, grpo_batch
-from apr_ray.rl.losses import grpo_loss, token_logprobs
+from apr_ray.rl.losses import grpo_loss, log_ratio, token_logprobs
+from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
 
@@ -71,55 +73,70 @@ def reference(
     return folder
 
 
-def learn(made: GrpoBatch, checkpoint: Path, reference: Path, kl: float) -> Reported:
+def learn(made: GrpoBatch, checkpoint: Path, step: KeptStep) -> Reported:
     """The first inner step by `rl/`, one sequence at a time."""
     policy: Any = load_policy(checkpoint)
-    anchor: Any = load_policy(reference)
-    parts = []
+    anchor: Any = load_policy(step.reference) if step.reference else None
     batch = made.batch
-    for a, b in itertools.pairwise(batch.offsets):
-        columns = (batch.tokens, batch.behaviour_logprobs, batch.advantages, batch.loss_weights)
-        tokens, old, advantages, weights = (torch.from_numpy(c[a:b])[None] for c in columns)
+    columns = (batch.tokens, batch.behaviour_logprobs, batch.advantages, batch.loss_weights)
+    rows = [[torch.from_numpy(c[a:b])[None] for c in columns] for a, b in itertools.pairwise(batch.offsets)]
+    with torch.no_grad():
+        starts = [token_logprobs(policy(tokens).logits, tokens, TEMPERATURE) for tokens, *_ in rows]
+    deltas = [log_ratio(start, old, weights != 0) for start, (_, old, _, weights) in zip(starts, rows, strict=True)]
+    flat = torch.cat(deltas, dim=1)[0].numpy()
+    mismatch = measure_mismatch(flat, batch)
+    sums = torch.from_numpy(tree_sums(flat, batch)[batch.trees])
+    how = None
+    if step.correction != "none" and mismatch.delta_mean > step.correction_from:
+        how = Correction(step.correction, step.correction_level, step.correction_cap)  # type: ignore[arg-type]
+    parts, cut = [], 0
+    for i, (tokens, old, advantages, weights) in enumerate(rows):
+        importance = importance_weights(deltas[i], how, sums[i : i + 1]) if how else None
+        cut += int((importance.cut & (weights != 0)).sum()) if importance else 0
         with torch.no_grad():
-            towards = token_logprobs(anchor(tokens).logits, tokens, TEMPERATURE)
+            towards = token_logprobs(anchor(tokens).logits, tokens, TEMPERATURE) if anchor else None
         part = grpo_loss(
             token_logprobs(policy(tokens).logits, tokens, TEMPERATURE),
-            old,
+            starts[i] if step.ratio == "proximal" else old,
             advantages,
             weights,
             torch.zeros_like(old),
             clip=CLIP,
-            kl_coefficient=kl,
-            reference_logprobs=towards if kl else None,
+            kl_coefficient=step.kl_coefficient,
+            reference_logprobs=towards,
+            importance_weights=importance.values if importance else None,
         )
         part.loss.backward()
         parts.append(part)
-    trained = sum(p.tokens for p in parts)
     return Reported(
         loss=sum(float(p.loss.detach()) for p in parts),
         kl=sum(p.kl for p in parts),
         grad_norm=math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters())),
-        tokens=trained,
-        delta_mean=sum(p.delta_sum for p in parts) / trained,
-        delta_max=max(p.delta_max for p in parts),
+        tokens=sum(p.tokens for p in parts),
+        delta_mean=mismatch.delta_mean,
+        delta_max=mismatch.delta_max,
+        cut=cut,
     )
 
 
-def keep(run: Path, trees: tuple[ThreadTree, ...], checkpoint: Path, reference: Path, kl: float, number: int) -> Path:
+def keep(
+    run: Path, trees: tuple[ThreadTree, ...], checkpoint: Path, reference: Path, kl: float, number: int, **options: Any
+) -> Path:
     groups = [Group(trees[i].problem_key, trees[i : i + 2]) for i in range(0, len(trees), 2)]
-    made = grpo_batch(groups, skip_zero_advantage=not kl)
+    made = grpo_batch(groups, skip_zero_advantage=not kl, loss_mean=options.get("loss_mean", "call"))
+    plain = {"version": "0.0", "max_staleness": 0}
     step = KeptStep(
         step=number,
-        version="0.0",
         group_size=2,
         clip=CLIP,
         kl_coefficient=kl,
         temperature=TEMPERATURE,
-        max_staleness=0,
         reference=str(reference) if kl else "",
         dispositions={d.value: n for d, n in made.dispositions.items()},
-        reported=learn(made, checkpoint, reference, kl),
+        reported=None,
+        **(plain | options),
     )
+    step = replace(step, reported=learn(made, checkpoint, step))
     return keep_batch(run, step, trees, checkpoint, only_newest=False)
 
 
@@ -156,6 +173,64 @@ def test_two_ways_to_the_same_loss_and_gradient(run: Path, step: int) -> None:
     assert float(found["gradient norm"]) > 0.05
     assert ("zero_advantage" in found["dispositions"]) == (step == 2)
     assert (float(found["KL term"]) > 0.001) == (step == 1)
+
+
+@pytest.fixture(scope="module")
+def moved(
+    checkpoint: Path, task: CountdownTask, task_config: TaskConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The policy one version later than the one that drew the trees."""
+    policy: Any = load_policy(checkpoint)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.99)
+    folder = tmp_path_factory.mktemp("moved") / "policy"
+    save_policy(policy, task.tokenizer(), task_config, folder)
+    return folder
+
+
+DECOUPLED = {"ratio": "proximal", "correction": "truncate", "correction_cap": 1.02}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_mean": "tree"},
+        {"loss_mean": "token"},
+        {"ratio": "proximal"},
+        DECOUPLED,
+        DECOUPLED | {"correction_level": "call"},
+        DECOUPLED | {"correction_level": "tree", "loss_mean": "tree"},
+        DECOUPLED | {"correction_level": "token", "correction": "mask"},
+        DECOUPLED | {"correction_level": "call", "correction": "mask", "loss_mean": "token"},
+        DECOUPLED | {"correction_level": "tree", "correction": "mask", "correction_cap": 1.5},
+        DECOUPLED | {"correction_from": 9.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kl", [KL, 0.0])
+def test_every_option_of_the_loss_is_known_to_the_audit(
+    trees: tuple[ThreadTree, ...],
+    moved: Path,
+    reference: Path,
+    options: dict[str, Any],
+    kl: float,
+    tmp_path: Path,
+) -> None:
+    """On trees one version old, so that engine and learner differ; under other options the same batch differs."""
+    stale = {"version": "0.1", "max_staleness": 1}
+    batch = read_batch(keep(tmp_path, trees, moved, reference, kl, 1, **stale, **options))
+    report = audit_batch(batch)
+    assert report.agrees, report.rows()
+    told = batch.step.reported
+    assert told is not None
+    applied = "correction" in options and "correction_from" not in options
+    assert (0 < told.cut < told.tokens) == applied, told
+    if "correction_from" in options:
+        return  # the same as without a correction
+    defaults = {f.name: f.default for f in fields(KeptStep) if f.name in options}
+    other = audit_batch(replace(batch, step=replace(batch.step, **defaults)))
+    assert {"loss", "gradient norm"} & {f.check for f in other.findings if not f.agrees}, other.rows()
 
 
 def edit(kept: KeptBatch, **changes: object) -> KeptBatch:
@@ -197,6 +272,7 @@ def test_tampering_is_named(kept: KeptBatch) -> None:
         "loss": (claim(loss=told.loss + 0.01), "loss"),
         "KL": (claim(kl=told.kl * 1.2), "KL term"),
         "gradient": (claim(grad_norm=told.grad_norm * 1.01), "gradient norm"),
+        "cut weights": (claim(cut=1), "importance weights cut"),
         "difference": (claim(delta_max=told.delta_max + 0.01), "max |Δ logprob|, learner"),
     }
     for name, (changed, check) in cases.items():
@@ -246,6 +322,17 @@ def test_what_is_missing_or_damaged_is_an_error_that_names_it(run: Path, kept: K
     shutil.rmtree(folder / "policy")
     with pytest.raises(AprError, match=r"has no policy/config\.json"):
         read_batch(folder)
+
+
+def test_a_batch_of_the_first_format_had_no_options(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step"
+    shutil.copytree(find_batch(run, 1), folder)
+    data = json.loads((folder / "step.json").read_text())
+    for name in ("loss_mean", "ratio", "correction", "correction_level", "correction_cap", "correction_from"):
+        del data[name]
+    del data["reported"]["cut"]
+    (folder / "step.json").write_text(json.dumps(data | {"format": 1}))
+    assert read_batch(folder) == replace(read_batch(find_batch(run, 1)), policy=folder / "policy")
 
 
 def test_only_the_newest_is_kept_where_asked(kept: KeptBatch, tmp_path: Path) -> None:

@@ -94,7 +94,14 @@ def test_pool_and_engine_alone_decode_the_same_tokens(ray_local: None) -> None:
     from apr_ray.bench.rollout import run
 
     result = run(trees=12, repeats=1)
-    numbers(result, "pool_tokens_per_s", "engine_alone_tokens_per_s", "joins", "join_to_first_chunk_median_ms")
+    numbers(
+        result,
+        "pool_tokens_per_s",
+        "engine_alone_tokens_per_s",
+        "joins",
+        "join_to_first_chunk_median_ms",
+        "local_of_spread_latency",
+    )
     assert result["max_delta_logprob_per_thread"] < 1e-2  # type: ignore[operator]
 
 

@@ -26,6 +26,8 @@ PRESETS = sorted((Path(__file__).parents[1] / "apr_ray" / "presets").glob("*.yam
         ("model.heads=3", "hidden_size 128 over 3 heads"),
         ("engine.context_tokens=5000", "engine.context_tokens 5000 is above model.context_tokens 1024"),
         ("learner.zero_stage=7", "learner.zero_stage"),
+        ("grpo.correction=mask", "correction mask needs ratio proximal; ratio behaviour divides by"),
+        ("grpo.correction_cap=1", "greater than 1 (got 1)"),
         ("grpo.steps", "not of the form a.b=value"),
         ("grpo..steps=1", "not of the form"),
     ],

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import psutil
 import pytest
 import ray
 
-from apr_ray.config import Config, to_yaml
+from apr_ray.config import Config, WeightsConfig, to_yaml
 from apr_ray.core.batch import TrainSequence, lay_out
 from apr_ray.core.errors import AprError, PartDied
 from apr_ray.core.ledger import ThreadTree
@@ -39,6 +40,7 @@ from apr_ray.training.grpo import train_grpo
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import tracked
 from apr_ray.training.watch import Watch
+from apr_ray.weights.registry import build_transport
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 GONE_S = 60.0
@@ -69,6 +71,12 @@ def wait_until(what: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: T
 # --- one part at a time ---------------------------------------------------------------------------------------------
 
 
+def send(pool: RolloutPool, update: Any, counter: int) -> None:
+    """An update that lies in the object store, as the default transport sends it."""
+    learners: Any = SimpleNamespace(weights=lambda _: update, parameters=0)
+    build_transport(WeightsConfig()).broadcast(learners, pool, WeightVersion(0, counter))
+
+
 def drawn(trees: Iterable[tuple[int, ThreadTree]]) -> dict[int, list[Any]]:
     """What was drawn, whoever drew it and when."""
     return {i: [(c.path, c.segment, c.seed, c.sampled_ids, c.logprobs) for c in tree.calls] for i, tree in trees}
@@ -89,11 +97,11 @@ def test_killed_workers_are_replaced_and_their_trees_drawn_again(
 
     def versions() -> list[WeightVersion]:
         """Of every worker, once all are ready."""
-        wait_until(lambda: len(pool.membership().actors) == 2)
+        wait_until(lambda: len(pool.membership().workers) == 2)
         return pool.everywhere(lambda actor: actor.__ray_call__.remote(lambda self: self.engine.version))
 
     pool = RolloutPool.start(changed(exact, rollout={"max_restarts": 2}), str(checkpoint))
-    pool.update_weights(updates[1])
+    send(pool, updates[1], 1)
     assert versions() == [WeightVersion(0, 1)] * 2
     before = pool.membership()
     unbroken = drawn(pool.run(requests))
@@ -102,22 +110,22 @@ def test_killed_workers_are_replaced_and_their_trees_drawn_again(
 
     running = pool.run(requests)
     first = next(running)
-    os.kill(pid_of(before.actors[0]), signal.SIGKILL)
+    os.kill(pid_of(before.workers[0].actor), signal.SIGKILL)
     assert drawn([first, *running]) == unbroken
     assert pool.restarts == 1
     assert versions() == [WeightVersion(0, 1)] * 2
 
-    os.kill(pid_of(before.actors[1]), signal.SIGKILL)
-    pool.update_weights(updates[2])
+    os.kill(pid_of(before.workers[1].actor), signal.SIGKILL)
+    send(pool, updates[2], 2)
     assert pool.restarts == 2
     assert versions() == [WeightVersion(0, 2)] * 2
     assert drawn(pool.run(requests)) == unbroken
     assert pool.sample_for_check(prompts, 8, 1.0) == check
     after = pool.membership()
-    assert not set(after.actors) & set(before.actors)
+    assert not set(after.workers) & set(before.workers)
     assert after.epoch == before.epoch + 4  # two left, two joined
 
-    os.kill(pid_of(after.actors[0]), signal.SIGKILL)
+    os.kill(pid_of(after.workers[0].actor), signal.SIGKILL)
     with pytest.raises(PartDied, match=r"worker-00.1 .*max_restarts is 2\) died: .*Its log is .*worker-.*err"):
         list(pool.run(requests))
     pool.stop()

@@ -453,6 +453,58 @@ def test_an_update_in_flight_is_exact_on_both_sides(subject: Subject) -> None:
     assert {c.version for c in late} == {update.version}
 
 
+def test_an_update_that_keeps_the_kv_says_which_weights_it_is_of(
+    subject: Subject, record_property: Callable[[str, object], None]
+) -> None:
+    """What runs goes on from old KV, exactly, and says so; what comes later meets none of it."""
+    if not subject.engine.capabilities.keeps_kv:
+        record_property("n/a", "the engine computes all KV again")
+        return
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
+    subject.one(prompt, 1)
+    update = subject.update(0.9)
+
+    async def main() -> tuple[list[Chunk], list[Chunk]]:
+        seen = asyncio.Event()
+        running = asyncio.create_task(first_chunk(subject.engine, subject.request(prompt, 120, 1.0), seen))
+        await seen.wait()
+        await subject.engine.update_weights(update, keep_kv=True)
+        late = asyncio.create_task(collect(subject.engine, subject.request([*prompt, 77], 10, 1.0)))
+        return await running, await late
+
+    chunks, late = subject.run(main())
+    before = [c for c in chunks if c.version != update.version and c.token_ids]
+    after = [c for c in chunks if c.version == update.version and c.token_ids]
+    assert before, "the update came before the first token"
+    assert after, "it had ended before the update"
+    assert {c.kv_version for c in before} == {None}
+    assert {c.kv_version for c in after} == {before[0].version}
+    subject.compare_part(prompt, ids_of(chunks), before, 1.0)
+    old = mixed_kv(subject.policy, [*prompt, *ids_of(before)][:-1])
+    subject.adopt(update)
+    found = np.array(logprobs_of(after))
+    expected = reference_from(subject.policy, old, [ids_of(before)[-1], *ids_of(after)])
+    subject.record("delta", float(np.abs(found - expected).max()))
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert late[0].cached_tokens == 0, "KV of old weights was served"
+    assert {c.kv_version for c in late} == {None}
+    subject.compare([*prompt, 77], late, 1.0)
+
+
+def mixed_kv(policy: Any, ids: Sequence[int]) -> Any:
+    """The policy's KV of some tokens."""
+    with torch.no_grad():
+        return policy(torch.tensor([list(ids)]), use_cache=True).past_key_values
+
+
+def reference_from(policy: Any, kv: Any, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Logprobs of all but the first of `ids`, which follow what the KV holds."""
+    with torch.no_grad():
+        logits = policy(torch.tensor([list(ids)]), past_key_values=kv, use_cache=True).logits[0]
+    logprobs = torch.log_softmax(logits, -1)[:-1]
+    return logprobs.gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0].numpy()
+
+
 def test_an_abort_ends_a_request_that_an_update_interrupted(subject: Subject) -> None:
     update = subject.update(1.0)
 

@@ -5,8 +5,8 @@ a root call of at most two tokens (0 ends, 1 spawns, 2 goes on); one child that 
 that write one each; a resumed parent that writes one. 45 trees, 1,035 groups of two.
 
 Two paths that share nothing but the list of trees: the estimator's, through `grpo_batch`, `group_advantages`,
-`token_logprobs`, `grpo_loss` and autograd; and the formulas' of docs/objectives.md, in numpy, where the gradient of a
-softmax's logprob is written out by hand.
+`token_logprobs`, `importance_weights`, `grpo_loss` and autograd; and the formulas' of docs/objectives.md, in numpy,
+where the gradient of a softmax's logprob is written out by hand.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.ledger import Call, Group, Outcome, Replaced, Spawn, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.rl.advantages import Z_SCORE_EPS
-from apr_ray.rl.batches import grpo_batch, sft_batch
-from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.batches import LossMean, grpo_batch, sft_batch
+from apr_ray.rl.losses import grpo_loss, log_ratio, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 
 END, SPAWN, ON = range(3)
 VOCAB = 3
@@ -90,6 +91,8 @@ def table(seed: int, scale: float = 0.7) -> Array:
 
 
 POLICY, OLD, REFERENCE = table(0), table(0) + table(1), 2 * table(2)
+PROXIMAL = POLICY + table(3, 0.2)
+"""The learner's at the start of a batch that OLD drew, where POLICY is what later inner steps made of it."""
 
 
 # --- the formulas, in numpy -------------------------------------------------------------------------------------------
@@ -190,29 +193,46 @@ def table_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def estimate(
-    group: Sequence[Toy],
+    groups: Sequence[Sequence[Toy]],
     policy: Array,
     behaviour: Array,
     kl: float = 0.0,
     clip: float = CLIP,
     change: Callable[[ThreadTree], ThreadTree] = lambda tree: tree,
+    loss_mean: LossMean = "call",
+    proximal: Array | None = None,
+    correction: Correction | None = None,
 ) -> tuple[Array, Any]:
-    """Minus the gradient of the loss of one group, by the real code, and the loss."""
-    trees = tuple(change(ledger(tree, probabilities(behaviour))) for tree in group)
-    batch = grpo_batch([Group("p", trees)], skip_zero_advantage=False).batch
+    """Minus the gradient of the loss of a batch of groups, by the real code, and the loss. With a proximal policy the
+    ratio is against it."""
+    drawn_groups = [
+        Group("p", tuple(change(ledger(tree, probabilities(behaviour))) for tree in group)) for group in groups
+    ]
+    batch = grpo_batch(drawn_groups, skip_zero_advantage=False, loss_mean=loss_mean).batch
     logits = torch.tensor(policy, requires_grad=True)
     tokens = padded(batch, batch.tokens)
     seen = table_logits(logits, tokens)
     reference = token_logprobs(table_logits(torch.tensor(REFERENCE), tokens), tokens)
+    weights = padded(batch, batch.loss_weights)
+    old, importance = padded(batch, batch.behaviour_logprobs), None
+    if proximal is not None:
+        start = token_logprobs(table_logits(torch.tensor(proximal), tokens), tokens)
+        delta = log_ratio(start, old, weights != 0)
+        old = start
+        flat = np.concatenate([row[:n] for row, n in zip(delta.numpy(), batch.lengths, strict=True)])
+        if correction is not None and correction.applies(measure_mismatch(flat, batch).delta_mean):
+            sums = torch.from_numpy(tree_sums(flat, batch)[batch.trees])
+            importance = importance_weights(delta, correction, sums).values
     result = grpo_loss(
         token_logprobs(seen, tokens),
-        padded(batch, batch.behaviour_logprobs),
+        old,
         padded(batch, batch.advantages),
-        padded(batch, batch.loss_weights),
+        weights,
         token_entropy(seen.detach()),
         clip=clip,
         kl_coefficient=kl,
         reference_logprobs=reference if kl else None,
+        importance_weights=importance,
     )
     (gradient,) = torch.autograd.grad(result.loss, logits)
     return -gradient.numpy(), result
@@ -227,7 +247,7 @@ def expected(trees: Sequence[Toy], size: int, policy: Array, behaviour: Array, *
         repeats = math.factorial(size) / math.prod(math.factorial(group.count(t)) for t in set(group))
         weight = repeats * math.prod(likelihood(tree, b) for tree in group)
         mass += weight
-        total += weight * estimate(group, policy, behaviour, **options)[0]
+        total += weight * estimate([group], policy, behaviour, **options)[0]
     assert mass == pytest.approx(1, abs=1e-12), "not every group was enumerated"
     return total
 
@@ -236,6 +256,12 @@ def expected(trees: Sequence[Toy], size: int, policy: Array, behaviour: Array, *
 def on_policy() -> Array:
     """Without a KL term, over the trees."""
     return expected(TREES, 2, POLICY, POLICY)
+
+
+def sine(found: Array, true: Array) -> float:
+    """Of the angle between two directions."""
+    cosine = float((found * true).sum() / np.linalg.norm(found) / np.linalg.norm(true))
+    return math.sqrt(1 - cosine**2)
 
 
 def close(found: Array, exact: Array) -> None:
@@ -286,9 +312,62 @@ def test_length_normalisation_is_a_bias_and_its_size_is_that_of_the_formula() ->
         return (tree.reward - rate) * (weighted(tree, p) - plain(tree, p))
 
     close(found - true, mean_over(TREES, p, missing))
-    cosine = float((found * true).sum() / np.linalg.norm(found) / np.linalg.norm(true))
-    assert 0.1 < math.sqrt(1 - cosine**2) < 0.5  # the sine of the angle between them
+    assert 0.1 < sine(found, true) < 0.5
     close(expected(BANDIT, 2, POLICY, POLICY), mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p)))
+
+
+def tokens_of(tree: Toy) -> int:
+    return sum(len(written) for _, written in tree.calls)
+
+
+def test_the_mean_over_a_trees_tokens_is_a_covariance_too() -> None:
+    """Threads and segments no longer matter to a token's weight, the tree's whole length still does."""
+    p = probabilities(POLICY)
+    rate = mean_over(TREES, p, lambda tree: tree.reward)
+    exact = mean_over(TREES, p, lambda tree: (tree.reward - rate) * plain(tree, p) / tokens_of(tree))
+    found = expected(TREES, 2, POLICY, POLICY, loss_mean="tree")
+    close(found, exact / (1 + 2 * Z_SCORE_EPS))
+    true = mean_over(TREES, p, lambda tree: tree.reward * plain(tree, p))
+    assert 0.1 < sine(found, true) < 0.5
+
+
+def test_the_mean_over_a_batchs_tokens_couples_its_trees_through_their_lengths() -> None:
+    p = probabilities(POLICY)
+
+    def pair(a: Toy, b: Toy) -> Array:
+        return 2 * pair_advantage(a, b) * plain(a, p) / (tokens_of(a) + tokens_of(b))
+
+    exact = mean_over(TREES, p, lambda a: mean_over(TREES, p, lambda b: pair(a, b)))
+    close(expected(TREES, 2, POLICY, POLICY, loss_mean="token"), exact)
+
+
+def test_the_mean_over_a_batchs_tokens_loses_its_bias_as_the_batch_grows() -> None:
+    """The other means keep theirs: it is in every tree."""
+    p = probabilities(POLICY)
+    trees = tuple(Toy(((ROOT, text),), float(text[-1] == END)) for text in texts(2))
+    pairs = list(product(trees, repeat=2))
+    true = mean_over(trees, p, lambda tree: tree.reward * plain(tree, p))
+
+    def by_formula(groups: int) -> Array:
+        total = np.zeros_like(p)
+        for batch in product(pairs, repeat=groups):
+            weight = math.prod(likelihood(tree, p) for pair in batch for tree in pair)
+            length = sum(tokens_of(tree) for pair in batch for tree in pair)
+            total += weight / length * sum(2 * pair_advantage(a, b) * plain(a, p) for a, b in batch)
+        return total
+
+    def by_estimator(groups: int) -> Array:
+        total = np.zeros_like(p)
+        for batch in product(combinations_with_replacement(trees, 2), repeat=groups):
+            weight = math.prod((1 + (a != b)) * likelihood(a, p) * likelihood(b, p) for a, b in batch)
+            total += weight * estimate(batch, POLICY, POLICY, loss_mean="token")[0]
+        return total
+
+    one, two = by_estimator(1), by_estimator(2)
+    close(two, by_formula(2))
+    assert sine(two, true) < 0.7 * sine(one, true)
+    calls = expected(trees, 2, POLICY, POLICY)
+    assert sine(one, true) < sine(calls, true)
 
 
 def test_length_normalisation_follows_no_objective_at_all() -> None:
@@ -329,7 +408,7 @@ def test_k3_on_policy_is_the_value_of_one_divergence_and_the_gradient_of_the_oth
     reverse[row] = p[row] * (logs - (p[row] * logs).sum())
     assert np.abs(reverse - forward).max() > 0.02
     value = sum(
-        likelihood(a, p) * likelihood(b, p) * estimate((a, b), POLICY, POLICY, kl=beta)[1].kl
+        likelihood(a, p) * likelihood(b, p) * estimate([(a, b)], POLICY, POLICY, kl=beta)[1].kl
         for a, b in product(BANDIT, repeat=2)
     )
     assert value == pytest.approx(float((p[row] * logs).sum()), abs=TOLERANCE)
@@ -391,6 +470,119 @@ def test_unclipped_off_policy_steps_of_one_token_still_follow_the_success_rate()
     p = probabilities(POLICY)
     gradient = mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p))
     close(expected(BANDIT, 2, POLICY, OLD, clip=1e9), gradient)
+
+
+# --- ratio against the learner's own start, importance weights for the engine ----------------------------------------
+
+
+def weights_of(tree: Toy, how: Correction | None) -> list[list[float]]:
+    """Importance weights PROXIMAL / OLD of everything a tree drew, per call."""
+    start, old = probabilities(PROXIMAL), probabilities(OLD)
+    ratios = [[float(start[s] / old[s]) for s in call] for call in drawn(tree)]
+    if how is None:
+        return [[1.0] * len(call) for call in ratios]
+    if how.level == "call":
+        ratios = [[math.prod(call)] * len(call) for call in ratios]
+    if how.level == "tree":
+        ratios = [[math.prod(map(math.prod, ratios))] * len(call) for call in ratios]
+
+    def cut(weight: float) -> float:
+        if how.kind == "truncate":
+            return min(weight, how.cap)
+        return weight if 1 / how.cap <= weight <= how.cap else 0.0
+
+    return [[cut(weight) for weight in call] for call in ratios]
+
+
+def surrogate(tree: Toy, how: Correction | None, policy: Array, clip: float) -> Array:
+    """Gradient of a tree's clipped surrogate beside a tree of the other reward: the ratio is against PROXIMAL, each
+    token's part is multiplied by its importance weight."""
+    p, start = probabilities(policy), probabilities(PROXIMAL)
+    advantage = (1 if tree.reward else -1) / 2 / (0.5 + Z_SCORE_EPS)
+    total = np.zeros_like(p)
+    for call, weights in zip(drawn(tree), weights_of(tree, how), strict=True):
+        for (row, token), weight in zip(call, weights, strict=True):
+            ratio = p[row, token] / start[row, token]
+            if not (ratio > 1 + clip if advantage > 0 else ratio < 1 - clip):
+                total += weight * ratio * advantage * score(row, token, p) / (len(call) * len(tree.calls))
+    return total
+
+
+def decoupled(how: Correction | None, policy: Array, clip: float = CLIP) -> Array:
+    """The exact gradient, where OLD drew the trees."""
+    old = probabilities(OLD)
+    rate = mean_over(TREES, old, lambda tree: tree.reward)
+    exact: Array = mean_over(
+        TREES, old, lambda tree: (1 - rate if tree.reward else rate) * surrogate(tree, how, policy, clip)
+    )
+    return exact
+
+
+LEVELS = ("token", "call", "tree")
+CORRECTIONS = [Correction(kind, level, 1.5) for kind in ("truncate", "mask") for level in LEVELS]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", [None, *CORRECTIONS], ids=str)
+def test_with_importance_weights_it_is_the_gradient_of_the_weighed_surrogate(how: Correction | None) -> None:
+    """A later inner step: some ratios are clipped, some weights are cut."""
+    exact = decoupled(how, POLICY)
+    close(expected(TREES, 2, POLICY, OLD, proximal=PROXIMAL, correction=how), exact)
+    assert np.abs(exact - decoupled(how, POLICY, clip=1e9)).max() > 1e-3, "nothing was clipped"
+    if how is not None:
+        uncut = Correction(how.kind, how.level, 1e9)
+        assert np.abs(exact - decoupled(uncut, POLICY)).max() > 1e-3, "no weight was cut"
+
+
+def test_a_threshold_chooses_batch_by_batch() -> None:
+    """The mean is over batches that are corrected and batches that are not, each as often as it is drawn."""
+    how = Correction("truncate", "tree", 1.5, from_delta=0.5)
+    start, old = probabilities(PROXIMAL), probabilities(OLD)
+
+    def deltas(tree: Toy) -> list[float]:
+        return [abs(math.log(start[s] / old[s])) for call in drawn(tree) for s in call]
+
+    parts = [
+        (tree, likelihood(tree, old), deltas(tree), *(surrogate(tree, w, POLICY, CLIP) for w in (how, None)))
+        for tree in TREES
+    ]
+    exact, corrected = np.zeros_like(start), 0.0
+    for (a, chance, da, weighed, plain_), (b, other, db, *_) in product(parts, repeat=2):
+        far = sum(da + db) / len(da + db) > how.from_delta
+        corrected += chance * other * far
+        if a.reward != b.reward:
+            exact += chance * other * (weighed if far else plain_)
+    assert 0.2 < corrected < 0.8
+    close(expected(TREES, 2, POLICY, OLD, proximal=PROXIMAL, correction=how), exact)
+
+
+def test_uncut_weights_of_tokens_give_the_unclipped_ratio_against_the_engine() -> None:
+    """Correcting token by token is what the behaviour ratio does; only the clip is about another ratio."""
+    uncut = Correction("truncate", "token", 1e9)
+    close(expected(TREES, 2, POLICY, OLD, proximal=PROXIMAL, correction=uncut, clip=1e9), off_policy(1e9))
+
+
+def test_uncut_weights_of_trees_give_the_gradient_as_if_the_learner_had_drawn_the_tree() -> None:
+    """At the first inner step, for each tree in turn: the others of its group, its baseline, stay as the engine drew
+    them. Neither weights of tokens nor of calls do that: contexts stay as the engine visited them."""
+    p, old = probabilities(PROXIMAL), probabilities(OLD)
+    exact = mean_over(
+        TREES, p, lambda a: mean_over(TREES, old, lambda b: pair_advantage(a, b) * weighted(a, p))
+    )  # fmt: skip
+    uncut = Correction("mask", "tree", 1e9)
+    close(expected(TREES, 2, PROXIMAL, OLD, proximal=PROXIMAL, correction=uncut), exact)
+    off = {level: np.abs(decoupled(Correction("mask", level, 1e9), PROXIMAL) - exact).max() for level in LEVELS}
+    off["none"] = np.abs(decoupled(None, PROXIMAL) - exact).max()
+    assert off["tree"] < 1e-12
+    assert min(off["token"], off["call"]) > 1e-3
+    assert off["none"] > 0.01
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_uncut_weights_follow_the_success_rate_where_every_tree_is_one_token(level: str) -> None:
+    p = probabilities(POLICY)
+    gradient = mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p))
+    uncut = Correction("truncate", level, 1e9)  # type: ignore[arg-type]
+    close(expected(BANDIT, 2, POLICY, OLD, proximal=POLICY, correction=uncut), gradient)
 
 
 def test_a_replaced_token_is_missing_from_the_gradient() -> None:

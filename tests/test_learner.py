@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +23,37 @@ from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_g
 from apr_ray.model.llama import load_policy, new_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rl.losses import token_logprobs
+from apr_ray.rl.mismatch import Correction
 from apr_ray.tasks.countdown.tokenizer import build_tokenizer
 
 MODEL = ModelConfig(hidden_size=32, layers=2, heads=2, ffn_size=48, context_tokens=128)
 STEP = GrpoStep(clip=0.2, kl_coefficient=0.01, temperature=1.0, inner_steps=2)
+CORRECTED = [
+    GrpoStep(0.2, 0.01, 1.0, 1, "proximal", Correction("truncate", "token", 1.1)),
+    GrpoStep(0.2, 0.01, 1.0, 2, "proximal", Correction("mask", "call", 1.5, from_delta=1e-6)),
+    GrpoStep(0.2, 0.01, 1.0, 2, "proximal", Correction("mask", "tree", 2.0)),
+    GrpoStep(0.2, 0.01, 1.0, 2, "proximal", Correction("truncate", "token", 1.1, from_delta=100.0)),
+]
+"""Ratios against the start of the batch, with importance weights; in the last one Δ is too small for them."""
 RATE = 1e-3
+
+
+def drawn_nearby() -> TrainBatch:
+    """Seven trees of three calls, drawn by a policy not far from a new one, which is nearly uniform."""
+    rng = np.random.default_rng(1)
+    return lay_out(
+        [
+            TrainSequence(
+                rng.integers(0, 57, n).tolist(),
+                (rng.random(n) / 500).tolist(),
+                rng.normal(size=n).tolist(),
+                (0.1 * rng.normal(size=n) - np.log(57)).tolist(),
+                rng.integers(0, 2, n).tolist(),
+                number // 3,
+            )
+            for number, n in enumerate(rng.integers(3, 80, 21))
+        ]
+    )
 
 
 def batches(count: int = 3) -> list[TrainBatch]:
@@ -59,9 +86,11 @@ class Case:
 @dataclass(frozen=True, slots=True)
 class Learned:
     """What one rank came to: its stats, the weights after all steps, those of the last step taken again after a load,
-    and how far its logprobs and its reference are from a plain module with the same weights."""
+    and how far its logprobs and its reference are from a plain module with the same weights. `forwards`: forward passes
+    per micro-batch in each step of `CORRECTED`."""
 
     stats: list[StepStats]
+    forwards: list[float]
     weights: np.ndarray[Any, Any]
     again: np.ndarray[Any, Any]
     logprobs_off: float
@@ -74,15 +103,15 @@ def shuffle(batch: TrainBatch) -> TrainBatch:
     return lay_out(
         [
             TrainSequence(*(c[spans[i][0] : spans[i][1]].tolist() for c in (
-                batch.tokens, batch.loss_weights, batch.advantages, batch.behaviour_logprobs
-            )))
+                batch.tokens, batch.loss_weights, batch.advantages, batch.behaviour_logprobs, batch.versions
+            )), tree=int(batch.trees[i]))
             for i in order
         ]
     )  # fmt: skip
 
 
 def learn(case: Case, rank: int, world: int, folder: Path) -> Learned:
-    """One rank: a supervised step, a GRPO step, save; then a step, load, and the same step again."""
+    """One rank: a supervised step, GRPO steps, save; then a step, load, and the same step again."""
     config = LearnerConfig(
         zero_stage=case.zero,  # type: ignore[arg-type]
         micro_batch_tokens=case.budget,
@@ -92,10 +121,17 @@ def learn(case: Case, rank: int, world: int, folder: Path) -> Learned:
     trainer = Trainer(
         new_policy(MODEL, build_tokenizer(), 0), config, OptimizerConfig(learning_rate=RATE, grad_clip=0.5), rank, world
     )
-    first, second, third = (shuffle(b) if case.shuffled else b for b in batches())
+    first, second, third, near = (shuffle(b) if case.shuffled else b for b in (*batches(), drawn_nearby()))
     stats = [trainer.sft_step(first, RATE)]
     trainer.freeze_reference()
     stats += trainer.grpo_step(second, STEP, RATE)
+    calls: list[int] = []
+    trainer.policy.register_forward_hook(lambda *_: calls.append(1))
+    forwards = []
+    for step in CORRECTED:
+        calls.clear()
+        stats += trainer.grpo_step(near, step, RATE)
+        forwards.append(len(calls) / len(trainer.plan(near)))
     trainer.save(folder)
     stats.append(trainer.sft_step(third, RATE))
     after = trainer.weights(version()).flat.copy()
@@ -119,7 +155,7 @@ def learn(case: Case, rank: int, world: int, folder: Path) -> Learned:
     if rank == 0:
         saved = pack_weights(trainable_parameters(load_policy(folder / "policy")), version()).flat
         saved_off = float(np.abs(saved - after).max())
-    return Learned(stats, after, again, off, saved_off)
+    return Learned(stats, forwards, after, again, off, saved_off)
 
 
 def learn_all(rank: int, world: int, port: int, cases: Sequence[Case], results: Any, folder: str) -> None:
@@ -155,10 +191,13 @@ def run_group(world: int, cases: Sequence[Case], folder: Path) -> dict[Case, lis
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Where plain torch arrives, and each step's gradient norm: AdamW hides a gradient of the wrong scale."""
+    """Where plain torch arrives, and each step's gradient norm: AdamW hides a gradient of the wrong scale. Of the steps
+    in `CORRECTED`: how many tokens' weights are cut, and Σ Δ of every tree."""
 
     weights: np.ndarray[Any, Any]
     norms: list[float]
+    cut: list[int]
+    tree_sums: list[list[float]]
 
 
 def plain_reference() -> Reference:
@@ -183,8 +222,46 @@ def plain_reference() -> Reference:
             (-(weights * token_logprobs(policy(tokens).logits, tokens)).sum()).backward()
         update()
 
+    def corrected(batch: TrainBatch, step: GrpoStep) -> None:
+        """The proximal logprobs first, then the importance weights, then the steps."""
+        how = step.correction
+        assert how is not None
+        with torch.no_grad():
+            starts = [token_logprobs(policy(tokens).logits, tokens) for tokens, *_ in rows(batch)]
+            anchors = [token_logprobs(frozen(tokens).logits, tokens) for tokens, *_ in rows(batch)]
+        trained = [weights != 0 for _, weights, *_ in rows(batch)]
+        deltas = [
+            ((start - old) * used).double() for start, used, (*_, old) in zip(starts, trained, rows(batch), strict=True)
+        ]
+        trees = [sum(float(d.sum()) for d, t in zip(deltas, batch.trees, strict=True) if t == n) for n in range(7)]
+        near = sum(float(d.abs().sum()) for d in deltas) / batch.trained_tokens <= how.from_delta
+        factors = []
+        cut.append(0)
+        for delta, tree, used in zip(deltas, batch.trees, trained, strict=True):
+            weight = {"token": delta, "call": delta.sum(), "tree": torch.tensor(trees[tree])}[how.level].exp()
+            below = weight < 1 / how.cap if how.kind == "mask" else torch.tensor(False)
+            outside = (weight > how.cap) | below
+            weight = torch.where(outside, how.cap if how.kind == "truncate" else 0.0, weight)
+            factors.append(torch.tensor(1.0) if near else weight.float())
+            cut[-1] += 0 if near else int((outside & used).sum())
+        tree_sums.append(trees)
+        for _ in range(step.inner_steps):
+            for (tokens, weights, advantages, _), start, factor, anchor in zip(
+                rows(batch), starts, factors, anchors, strict=True
+            ):
+                logprobs = token_logprobs(policy(tokens).logits, tokens)
+                ratio = (logprobs - start).exp()
+                surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+                delta = anchor - logprobs
+                kl = delta.exp() - 1 - delta
+                (weights * (step.kl_coefficient * kl - factor * surrogate)).sum().backward()
+            update()
+
+    cut: list[int] = []
+    tree_sums: list[list[float]] = []
     first, second, third = batches()
     supervised(first)
+    frozen = copy.deepcopy(policy)
     with torch.no_grad():
         references = [token_logprobs(policy(tokens).logits, tokens) for tokens, *_ in rows(second)]
     for _ in range(STEP.inner_steps):
@@ -196,13 +273,20 @@ def plain_reference() -> Reference:
             kl = delta.exp() - 1 - delta
             (weights * (STEP.kl_coefficient * kl - surrogate)).sum().backward()
         update()
+    for step in CORRECTED:
+        corrected(drawn_nearby(), step)
     supervised(third)
-    return Reference(torch.cat([p.detach().reshape(-1) for p in policy.parameters()]).numpy(), norms)
+    flat = torch.cat([p.detach().reshape(-1) for p in policy.parameters()]).numpy()
+    return Reference(flat, norms, cut, tree_sums)
 
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    return plain_reference()
+    found = plain_reference()
+    *some, none = found.cut
+    assert all(0.05 < cut / drawn_nearby().trained_tokens < 0.95 for cut in some), found.cut
+    assert none == 0
+    return found
 
 
 def check(found: dict[Case, list[Learned]], reference: Reference) -> None:
@@ -215,7 +299,17 @@ def check(found: dict[Case, list[Learned]], reference: Reference) -> None:
         np.testing.assert_allclose(again, weights, rtol=1e-6, atol=1e-8, err_msg=f"{case}: a resumed step differs")
         stats = [merge(parts) for parts in zip(*(r.stats for r in ranks), strict=True)]
         first, second, third = batches()
-        assert [s.tokens for s in stats] == [b.trained_tokens for b in (first, second, second, third)]
+        near = [drawn_nearby()] * sum(step.inner_steps for step in CORRECTED)
+        assert [s.tokens for s in stats] == [b.trained_tokens for b in (first, second, second, *near, third)]
+        for ours in ranks:
+            assert ours.forwards == [1, 3, 3, 3], "a pass too many, or one was left out"
+        starts = [s for s in stats[3:] if s.mismatch is not None]
+        assert [s.cut for s in starts] == reference.cut
+        for start, sums in zip(starts, reference.tree_sums, strict=True):
+            assert start.mismatch is not None
+            assert start.mismatch.tree_max == pytest.approx(max(map(abs, sums)), rel=1e-4)
+            assert sum(v.tokens for v in start.mismatch.versions.values()) == start.tokens
+            assert set(start.mismatch.versions) == {0, 1}
         assert [s.grad_norm for s in stats] == pytest.approx(reference.norms, rel=1e-4), case
         assert ranks[0].logprobs_off < 1e-5
         assert ranks[0].saved_off == 0.0
@@ -226,7 +320,8 @@ def check(found: dict[Case, list[Learned]], reference: Reference) -> None:
 def test_the_weights_depend_on_neither_ranks_nor_micro_batches_nor_order_nor_zero(
     world: int, reference: Reference, tmp_path: Path
 ) -> None:
-    """Contract 3: after supervised and GRPO steps the weights are those of plain torch, one sequence at a time."""
+    """Contract 3: after supervised and GRPO steps the weights are those of plain torch, one sequence at a time. Calls
+    of one tree lie in several micro-batches and ranks; importance weights of trees are the same all the same."""
     cases = [Case(0, 200, True), Case(1, 4096), Case(2, 90), Case(3, 200, True)]
     check(run_group(world, cases, tmp_path), reference)
 

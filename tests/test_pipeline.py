@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from apr_ray.training.quickstart import run_quickstart
 from apr_ray.training.run_dir import RunDir
 from apr_ray.training.sft import train_sft
 from apr_ray.training.watch import Watch
+from apr_ray.weights.registry import build_transport
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 QUIET = ProgressBars(quiet=True)
@@ -247,8 +250,45 @@ def test_a_refused_update_reaches_the_driver_and_changes_nothing(small_config: C
     update = pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
     update.flat[3] = np.nan
     before = pool.sample_for_check([(5, 6, 7)], 8, 1.0)
-    with pytest.raises(ray.exceptions.RayTaskError) as caught:
-        pool.update_weights(ray.put(update))
-    assert isinstance(caught.value.cause, WeightsRejected)
+    learners: Any = SimpleNamespace(weights=lambda _: ray.put(update), parameters=0)
+    with pytest.raises(WeightsRejected, match="not finite"):
+        build_transport(small_config.weights).broadcast(learners, pool, WeightVersion(0, 1))
     assert pool.sample_for_check([(5, 6, 7)], 8, 1.0) == before
     pool.stop()
+
+
+def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_else(
+    finished: RunDir, small_config: Config, tmp_path: Path
+) -> None:
+    """Overlap, with what else it meets: a collective sync, weights in flight, lanes over both engines."""
+    grpo = small_config.grpo.model_copy(
+        update={"overlap": True, "max_staleness": 1, "steps": 4, "eval_every": 3, "kl_coefficient": 0.0}
+    )
+    weights = small_config.weights.model_copy(update={"transport": "collective", "mode": "in_flight"})
+    rollout = small_config.rollout.model_copy(update={"fan_out": "spread"})
+    changed = small_config.model_copy(update={"grpo": grpo, "weights": weights, "rollout": rollout})
+    config = with_run(changed, tmp_path, "ahead")
+    run = RunDir.create(config, "train")
+    train_grpo(config, run, finished.path / "sft" / "final", QUIET)
+    rows = {r["step"]: r for r in run.metrics() if "rollout/reward" in r}
+    assert list(rows) == [1, 2, 3, 4]
+    assert rows[1]["rollout/staleness"] == 0
+    assert 0 < rows[2]["rollout/staleness"] <= 1, "its trees were to begin before the first step's weights"
+    assert rows[4]["rollout/staleness"] == 0, "an evaluation has the engines to itself, and nothing runs ahead of it"
+    assert all(r.get("rollout/tokens/stale", 0) == 0 for r in rows.values())
+    assert all(r["sync/delta_logprob_mean"] < 1e-4 for r in rows.values())
+
+
+def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
+    """Coin rewards are half ones, whatever was solved; engines that do not follow stop the run at the first sync."""
+    policy = finished.path / "sft" / "final"
+    coin = small_config.grpo.model_copy(update={"reward": "random", "advantage": "success", "steps": 1})
+    run = RunDir.create(with_run(small_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
+    train_grpo(run.config, run, policy, QUIET)
+    (row,) = [r for r in run.metrics() if "rollout/reward" in r]
+    assert row["rollout/reward"] > 0
+    weights = small_config.weights.model_copy(update={"transport": "none"})
+    changing = small_config.grpo.model_copy(update={"reward": "random"})  # else there may be nothing to learn from
+    frozen = with_run(small_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
+    with pytest.raises(MismatchError, match=r"after sync 0\.1 engines and learners differ"):
+        train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)

@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_ray.config import OptimizerConfig
-from apr_ray.core.batch import TrainSequence, lay_out
+from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.ledger import Call, Disposition, Group, Outcome, Replaced, ThreadTree
 from apr_ray.core.weights import WeightVersion
-from apr_ray.rl.advantages import group_advantages
-from apr_ray.rl.batches import grpo_batch, plan_micro_batches, sft_batch
+from apr_ray.metrics.mismatch import mismatch_metrics
+from apr_ray.metrics.names import is_known
+from apr_ray.rl.advantages import ADVANTAGES, group_advantages
+from apr_ray.rl.batches import LossMean, grpo_batch, plan_micro_batches, sft_batch
 from apr_ray.rl.losses import grpo_loss, k3, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 from apr_ray.rl.schedules import learning_rate
 
 V0 = WeightVersion(0, 0)
@@ -50,6 +53,7 @@ def test_losses_equal_a_token_by_token_float64_reference() -> None:
     tokens = rng.integers(0, v, (b, t))
     advantages, old = rng.normal(size=(b, t)), -rng.random((b, t)) * 3
     reference = -rng.random((b, t)) * 3
+    importance = rng.random((b, t)) * 2
     weights = rng.random((b, t)) * (rng.random((b, t)) < 0.7)
     weights[:, 0] = 0
     clip, beta, temperature = 0.2, 0.05, 0.7
@@ -66,7 +70,7 @@ def test_losses_equal_a_token_by_token_float64_reference() -> None:
             clipped_count += weights[i, j] != 0 and surrogate < ratio * advantages[i, j]
             d = reference[i, j] - lp
             kl = math.exp(d) - 1 - d
-            loss += weights[i, j] * (-surrogate + beta * kl)
+            loss += weights[i, j] * (-importance[i, j] * surrogate + beta * kl)
             kl_sum += weights[i, j] * kl
             entropy_sum += weights[i, j] * -sum(math.exp(s - log_z) * (s - log_z) for s in scores)
             sft -= weights[i, j] * lp
@@ -82,6 +86,7 @@ def test_losses_equal_a_token_by_token_float64_reference() -> None:
         clip=clip,
         kl_coefficient=beta,
         reference_logprobs=as_tensor(reference, dtype=torch.float32),
+        importance_weights=as_tensor(importance, dtype=torch.float32),
     )
     assert float(result.loss) == pytest.approx(loss, rel=1e-5)
     assert result.kl == pytest.approx(kl_sum, rel=1e-5)
@@ -116,6 +121,107 @@ def test_k3_is_never_negative_and_zero_only_where_policies_agree(a: float, b: fl
     assert value == pytest.approx(math.exp(d) - 1 - d, abs=1e-9)
     if abs(d) > 1e-3:
         assert value > d * d / 20  # it grows with the distance, on both sides
+
+
+# --- engine and learner apart -----------------------------------------------------------------------------------------
+
+Drawn = list[tuple[int, list[tuple[float, bool, int]]]]
+"""Per call its tree, and per token Δ, whether it is trained, and the weight version that drew it."""
+drawn_calls = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.lists(st.tuples(st.floats(-2, 2, width=32), st.booleans(), st.integers(0, 2)), min_size=1, max_size=8),
+    ),
+    min_size=1,
+    max_size=7,
+).filter(lambda calls: any(trained for _, tokens in calls for _, trained, _ in tokens))
+
+
+def lay_out_drawn(calls: Drawn) -> tuple[TrainBatch, np.ndarray]:
+    """As a batch, with a prompt of one token each; and Δ."""
+    batch = lay_out(
+        [
+            TrainSequence(
+                [1] * (len(tokens) + 1),
+                [0.0, *(float(trained) for _, trained, _ in tokens)],
+                versions=[0, *(version for *_, version in tokens)],
+                tree=tree,
+            )
+            for tree, tokens in calls
+        ]
+    )
+    delta = [d * trained for _, tokens in calls for d, trained in ((0.0, False), *((d, t) for d, t, _ in tokens))]
+    return batch, np.array(delta, dtype=np.float32)
+
+
+@given(
+    drawn_calls, st.sampled_from(["truncate", "mask"]), st.sampled_from(["token", "call", "tree"]), st.floats(1.1, 9)
+)
+def test_importance_weights_equal_a_product_over_tokens(calls: Drawn, kind: str, level: str, cap: float) -> None:
+    batch, delta = lay_out_drawn(calls)
+    how = Correction(kind, level, cap)  # type: ignore[arg-type]
+    sums = torch.from_numpy(tree_sums(delta, batch)[batch.trees])
+    rows = torch.nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(part) for part in np.split(delta, batch.offsets[1:-1])], batch_first=True
+    )
+    found = importance_weights(rows, how, sums)
+    values, cut = found.values.expand(rows.shape), found.cut.expand(rows.shape)
+    for i, (tree, tokens) in enumerate(calls):
+        together = [ts for other, ts in calls if other == tree] if level == "tree" else [tokens]
+        for j, (d, trained, _) in enumerate(tokens):
+            of = [d * trained] if level == "token" else [d * t for ts in together for d, t, _ in ts]
+            weight = math.prod(math.exp(x) for x in of)
+            if abs(weight - cap) < 1e-4 * cap or abs(weight - 1 / cap) < 1e-4 / cap:
+                continue  # on the edge
+            outside = weight > cap or (kind == "mask" and weight < 1 / cap)
+            assert bool(cut[i, j + 1]) == outside
+            exact = {"truncate": min(weight, cap), "mask": 0.0 if outside else weight}[kind]
+            assert float(values[i, j + 1]) == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_tree_level_without_its_sums_is_refused() -> None:
+    with pytest.raises(ValueError, match="sums over trees"):
+        importance_weights(torch.zeros(1, 3), Correction("mask", "tree", 2.0))
+
+
+@given(drawn_calls)
+def test_the_mismatch_of_a_batch_equals_a_token_by_token_reference(calls: Drawn) -> None:
+    batch, delta = lay_out_drawn(calls)
+    found = measure_mismatch(delta, batch)
+    trained = [(d, tree, version) for tree, tokens in calls for d, t, version in tokens if t]
+    sizes = sorted(abs(d) for d, *_ in trained)
+    assert found.delta_mean == pytest.approx(sum(sizes) / len(sizes))
+    assert found.delta_max == sizes[-1]
+    assert found.ratio_outside == sum(not 0.5 <= math.exp(d) <= 2 for d, *_ in trained) / len(trained)
+    ratios = sorted(math.exp(d) for d, *_ in trained)
+    assert ratios[-2:][0] <= found.ratio_p999 * (1 + 1e-9)
+    assert found.ratio_p999 <= ratios[-1] * (1 + 1e-9)
+    sums = [sum(d for d, tree, _ in trained if tree == number) for number in range(4)]
+    assert found.tree_max == pytest.approx(max(map(abs, sums)), abs=1e-9)
+    for version in range(3):
+        of = [abs(d) for d, _, v in trained if v == version]
+        assert (version in found.versions) == bool(of)
+        if of:
+            assert found.versions[version].tokens == len(of)
+            assert found.versions[version].delta_mean == pytest.approx(sum(of) / len(of))
+
+
+def test_mismatch_metrics_tell_versions_apart_only_where_there_are_old_ones() -> None:
+    batch, delta = lay_out_drawn([(0, [(0.1, True, 2), (-0.3, True, 2)])])
+    assert not any("age" in name for name in mismatch_metrics(measure_mismatch(delta, batch), 2))
+    batch, delta = lay_out_drawn([(0, [(0.1, True, 2), (-0.3, True, 0), (-0.5, True, 0)])])
+    found = mismatch_metrics(measure_mismatch(delta, batch), 2)
+    ages = {name: value for name, value in found.items() if "age" in name}
+    assert ages == pytest.approx(
+        {
+            "train/mismatch/age_0/tokens": 1 / 3,
+            "train/mismatch/age_0/delta_logprob_mean": 0.1,
+            "train/mismatch/age_2/tokens": 2 / 3,
+            "train/mismatch/age_2/delta_logprob_mean": 0.4,
+        }
+    )
+    assert all(map(is_known, found))
+    assert not is_known("train/mismatch/age_x/tokens")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -158,35 +264,43 @@ def groups(draw: st.DrawFn) -> list[Group]:
     return out
 
 
-@settings(max_examples=200)
-@given(groups(), st.booleans())
-def test_weights_and_dispositions_of_a_batch(made: list[Group], skip: bool) -> None:
-    """Paper section 3.3: mean over a call's tokens, mean over a tree's calls, mean over trees. Contract 4: dispositions
-    add up to all that was sampled."""
-    found = grpo_batch(made, skip_zero_advantage=skip)
+@settings(max_examples=300)
+@given(groups(), st.booleans(), st.sampled_from(["call", "tree", "token"]))
+def test_weights_and_dispositions_of_a_batch(made: list[Group], skip: bool, loss_mean: LossMean) -> None:
+    """Paper section 3.3: mean over a call's tokens, mean over a tree's calls, mean over trees; or over a tree's tokens;
+    or over all. Trees that are left out stay in the denominators. Contract 4: dispositions add up to all that was
+    sampled."""
+    found = grpo_batch(made, skip_zero_advantage=skip, loss_mean=loss_mean)
     trees = [tree for group in made for tree in group.trees]
     advantages = [a for group in made for a in group_advantages([t.reward or 0.0 for t in group.trees])]
     assert sum(found.dispositions.values()) == sum(t.total_tokens for t in trees)
     assert found.dispositions[Disposition.TRAINED] == found.batch.trained_tokens
 
-    expected: Counter[tuple[float, float]] = Counter()
-    for tree, advantage in zip(trees, advantages, strict=True):
+    expected: Counter[tuple[int, float, float]] = Counter()
+    in_all = sum(len(list(c.trained_positions())) for tree in trees for c in tree.calls)
+    for number, (tree, advantage) in enumerate(zip(trees, advantages, strict=True)):
         if skip and advantage == 0:
             continue
         trained = [n for n in (len(list(c.trained_positions())) for c in tree.calls) if n]
         for tokens in trained:
-            weight = np.float32(1 / (tokens * len(trained) * len(trees)))
-            expected[(float(weight), float(np.float32(advantage)))] += tokens
+            weight = {
+                "call": 1 / (tokens * len(trained) * len(trees)),
+                "tree": 1 / (sum(trained) * len(trees)),
+                "token": 1 / in_all,
+            }[loss_mean]
+            expected[(number, float(np.float32(weight)), float(np.float32(advantage)))] += tokens
     batch = found.batch
     used = batch.loss_weights != 0
-    got = Counter(zip(batch.loss_weights[used].tolist(), batch.advantages[used].tolist(), strict=True))
-    assert got == expected
+    tree_of = np.repeat(batch.trees, batch.lengths)
+    columns = (tree_of, batch.loss_weights, batch.advantages)
+    assert Counter(zip(*(c[used].tolist() for c in columns), strict=True)) == expected
 
 
 def test_prompts_joined_and_forced_tokens_have_no_weight() -> None:
+    spans = (VersionSpan(WeightVersion(0, 6), 0, 1), VersionSpan(WeightVersion(0, 7), 1, 4))
     call = Call(
         (), 0, (7, 8, 9), (1, 2, 3, 4), (-0.1, 0.0, -0.3, -0.4), (1,), (Replaced(1, 5, -2.0),), FinishReason.STOP,
-        (VersionSpan(V0, 0, 4),), V0, 0, 0, 0.0, 0.0, 0.0, "e",
+        spans, V0, 0, 0, 0.0, 0.0, 0.0, "e",
     )  # fmt: skip
     trees = tuple(ThreadTree("p", i, (call,), (), (), "", Outcome.ANSWERED, reward=float(i)) for i in range(2))
     batch = grpo_batch([Group("p", trees)], skip_zero_advantage=False).batch
@@ -194,6 +308,8 @@ def test_prompts_joined_and_forced_tokens_have_no_weight() -> None:
     np.testing.assert_array_equal(batch.tokens[:7], [7, 8, 9, 1, 2, 3, 4])
     np.testing.assert_allclose(batch.behaviour_logprobs[:7], [0, 0, 0, -0.1, 0, -0.3, -0.4], rtol=1e-6)
     np.testing.assert_array_equal(batch.position_ids[:7], range(7))
+    np.testing.assert_array_equal(batch.versions[:7], [0, 0, 0, 6, 7, 7, 7])
+    np.testing.assert_array_equal(batch.trees, [0, 1])
 
 
 def test_a_tree_without_a_reward_cannot_be_trained_on() -> None:
@@ -260,3 +376,10 @@ def test_schedules() -> None:
     assert rate("linear", 100, 2.0) == pytest.approx(0.1)
     assert rate("cosine", 100, 0.5) == pytest.approx(0.55)
     assert rate("cosine", 100, 1.0) == pytest.approx(0.1)
+
+
+def test_success_advantages_are_the_rewards() -> None:
+    """Rejection sampling: what was not solved carries no loss."""
+    assert ADVANTAGES["success"]([0.0, 1.0, 1.0]) == [0.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="finite"):
+        ADVANTAGES["success"]([float("nan")])

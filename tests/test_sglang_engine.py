@@ -345,6 +345,15 @@ def test_a_missing_sglang_is_named_with_what_to_install(checkpoint: Path, monkey
         build_engine(EngineConfig(name="sglang", device="cpu"), str(checkpoint))
 
 
+def test_what_the_tests_install_for_sglang_is_not_met_outside_of_them() -> None:
+    """Its torchvision breaks transformers beside a CPU build of torch: a quickstart after `make test` would fail."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = (
+        "import importlib.util as u; from transformers import LlamaForCausalLM; assert not u.find_spec('torchvision')"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 def test_sglang_is_imported_only_when_an_engine_is_built() -> None:
     code = "import sys, apr_ray, apr_ray.engines.sglang_engine; sys.exit('sglang' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

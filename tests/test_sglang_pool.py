@@ -24,7 +24,8 @@ from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.threads.runtime import TreeRequest
-from apr_ray.weights.object_store import ObjectStoreTransport, check_engines
+from apr_ray.weights.check import check_engines
+from apr_ray.weights.object_store import ObjectStoreTransport
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 GONE_S = 60.0
@@ -83,7 +84,7 @@ def test_trees_sync_and_check(pool: RolloutPool, config: Config, checkpoint: Pat
     version = WeightVersion(0, 1)
     with pytest.raises(MismatchError):
         check_engines(learner, pool, prompts, 1.0, WeightsConfig(), version)  # type: ignore[arg-type]
-    ObjectStoreTransport().broadcast(learner, pool, version)  # type: ignore[arg-type]
+    ObjectStoreTransport(WeightsConfig()).broadcast(learner, pool, version)  # type: ignore[arg-type]
     delta = check_engines(learner, pool, prompts, 1.0, WeightsConfig(), version)  # type: ignore[arg-type]
     assert delta < 1e-5
     trees = [tree for _, tree in pool.run(requests)]

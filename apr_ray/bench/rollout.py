@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,11 +22,15 @@ from apr_ray.bench.recording import (
 from apr_ray.bench.sync import private_ray
 from apr_ray.bench.timing import REPEATS, Result, in_turn
 from apr_ray.config import Config
+from apr_ray.core.engine import Engine
 from apr_ray.core.ledger import Path, ThreadTree
 from apr_ray.model.llama import save_policy
-from apr_ray.rollout.pool import RolloutPool
+from apr_ray.rollout.pool import RolloutPool, calls_at_once
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
+
+ALONE_TREES = 24
+"""Trees of the latency measurement."""
 
 
 def run(trees: int = 256, repeats: int = REPEATS) -> Result:
@@ -47,6 +52,7 @@ def run(trees: int = 256, repeats: int = REPEATS) -> Result:
 
         times = in_turn({"pool": ours, "alone": alone}, repeats)
         pool.stop()
+        latency = lane_latency_s(recording, f"{folder}/policy", repeats)
     waits = join_waits_s(made["trees"])
     return {
         "ratio": times["alone"] / times["pool"],
@@ -54,17 +60,36 @@ def run(trees: int = 256, repeats: int = REPEATS) -> Result:
         "engine_alone_tokens_per_s": recording.sampled_tokens / times["alone"],
         "trees": float(len(recording.trees)),
         "joins": float(len(waits)),
+        "one_tree_local_ms": 1000 * latency["local"],
+        "one_tree_spread_ms": 1000 * latency["spread"],
+        "local_of_spread_latency": latency["local"] / latency["spread"],
         "join_to_first_chunk_median_ms": 1000 * statistics.median(waits) if waits else 0.0,
         "max_delta_logprob_per_thread": largest_difference(thread_sums(made["trees"]), made["alone"]),
     }
 
 
-def replaying_pool(recording: Recording, checkpoint: str, workers: int) -> RolloutPool:
+def lane_latency_s(recording: Recording, checkpoint: str, repeats: int) -> dict[str, float]:
+    """Mean seconds of a tree, one at a time over two workers: children on their parent's engine, or over both."""
+    requests = recording.requests[:ALONE_TREES]
+    pools = {lanes: replaying_pool(recording, checkpoint, workers=2, fan_out=lanes) for lanes in ("local", "spread")}
+
+    def one_by_one(pool: RolloutPool) -> None:
+        for request in requests:
+            list(pool.run([request]))
+
+    times = in_turn({lanes: partial(one_by_one, pool) for lanes, pool in pools.items()}, repeats)
+    for pool in pools.values():
+        pool.stop()
+    return {lanes: seconds / len(requests) for lanes, seconds in times.items()}
+
+
+def replaying_pool(recording: Recording, checkpoint: str, workers: int, fan_out: str = "local") -> RolloutPool:
     """A pool whose engines take the recorded tokens."""
-    config = recording.config
+    rollout = recording.config.rollout.model_copy(update={"fan_out": fan_out})
+    config = recording.config.model_copy(update={"rollout": rollout})
     options = {
-        "num_cpus": config.rollout.cpus_per_worker,
-        "max_concurrency": config.rollout.concurrent_trees + 8,
+        "num_cpus": rollout.cpus_per_worker,
+        "max_concurrency": calls_at_once(config),
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
     }
     replies = ray.put(recording.replies)
@@ -73,14 +98,18 @@ def replaying_pool(recording: Recording, checkpoint: str, workers: int) -> Rollo
         for i in range(workers)
     ]
     ray.get([actor.join.remote(None) for actor in actors])
-    return RolloutPool(actors, config.rollout.concurrent_trees)
+    return RolloutPool(actors, rollout.concurrent_trees, spread_children=fan_out == "spread")
 
 
 class ReplayWorker(RolloutWorker):
     """A rollout worker over a `ReplayEngine`; it can also run the engine's part alone."""
 
     def __init__(self, config: Config, checkpoint: str, worker_id: str, replies: Replies) -> None:
+        self.replies = replies
         super().__init__(config, checkpoint, worker_id)
+
+    def new_engine(self, config: Config, checkpoint: str) -> Engine:
+        """An engine that takes the recorded tokens."""
         what = config.engine
         engine = ReplayEngine.from_checkpoint(
             checkpoint,
@@ -88,8 +117,8 @@ class ReplayWorker(RolloutWorker):
             cache_slots=what.cache_slots,
             stream_interval=what.stream_interval,
         )
-        engine.replies = replies
-        self.engine = engine
+        engine.replies = self.replies
+        return engine
 
     async def replay(self, trees: Sequence[ThreadTree], concurrent: int) -> dict[tuple[str, Path], float]:
         """See `recording.replay_trees`."""

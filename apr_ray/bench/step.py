@@ -25,7 +25,8 @@ from apr_ray.rl.batches import grpo_batch
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import TreeRequest
 from apr_ray.training.grpo import group
-from apr_ray.weights.object_store import ObjectStoreTransport, check_engines
+from apr_ray.weights.check import check_engines
+from apr_ray.weights.registry import build_transport
 
 PHASES = ("rollout", "reward", "batch", "learn", "sync", "check")
 
@@ -98,7 +99,7 @@ def _step(
     learners.grpo_step(made.batch, GrpoStep(grpo.clip, 0.0, grpo.temperature, grpo.inner_steps), 1e-5)
     times.append(time.perf_counter())
     version = version.next()
-    ObjectStoreTransport().broadcast(learners, pool, version)
+    build_transport(config.weights).broadcast(learners, pool, version)
     times.append(time.perf_counter())
     prompts = [tree.calls[0].prompt_ids for tree in trees[::group_size]][: config.weights.check_calls]
     delta = check_engines(learners, pool, prompts, grpo.temperature, config.weights, version)

@@ -1,41 +1,51 @@
-"""Weights to two engines, as training sends them, against one flat gloo broadcast and against one call per tensor."""
+"""Weights to two engines, by every transport, against one flat broadcast and against one call per tensor."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 
-from apr_ray.bench.recording import bench_config, fresh_policy, fresh_weights
+from apr_ray.bench.recording import bench_config, fresh_policy
 from apr_ray.bench.timing import REPEATS, Result, in_turn
-from apr_ray.config import Config
+from apr_ray.config import Config, OptimizerConfig
 from apr_ray.core.engine import GenerateRequest, SamplingParams
-from apr_ray.core.weights import WeightUpdate, WeightVersion
-from apr_ray.engines.torch_engine import TorchEngine
+from apr_ray.core.weights import WeightVersion
+from apr_ray.learner.group import LearnerGroup
+from apr_ray.model.llama import save_policy
 from apr_ray.model.state import checksum, pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool
-from apr_ray.weights.object_store import ObjectStoreTransport
+from apr_ray.rollout.worker import RolloutWorker
+from apr_ray.tasks.registry import load_task
+from apr_ray.weights.collective import CollectiveSink, Group, Place
+from apr_ray.weights.registry import build_transport
+from apr_ray.weights.transport import receive, wait_for_all
 
 SIZES = {
     "4mb": ("model.hidden_size=160", "model.layers=3", "model.heads=4", "model.ffn_size=520"),
     "50mb": ("model.hidden_size=384", "model.layers=7", "model.heads=12", "model.ffn_size=1060"),
+    "900mb": ("model.hidden_size=1024", "model.layers=18", "model.heads=16", "model.ffn_size=2752"),
 }
+TRANSPORTS = ("object_store", "collective", "shared_memory", "disk")
 ENGINES = 2
 DECODING = 16
 """Requests that run in each engine while weights come in."""
 
 
 def run(sizes: tuple[str, ...] = ("4mb", "50mb"), overrides: tuple[str, ...] = (), repeats: int = REPEATS) -> Result:
-    """`ratio`: a flat gloo broadcast's median over ours, at the last size (the goal is 0.5 or more).
+    """`ratio`: a flat broadcast's median over that of the default transport, at the last size (the goal is 0.5).
 
-    Ours packs, sends, checks and applies; the broadcast only sends. `stall` is how long one update keeps an engine from
-    decoding: the check, the copy, and computing the running requests' KV again.
+    A transport packs, sends, checks and applies; the broadcast, between the same processes over gloo, only sends.
+    `stall` is how long one update keeps an engine from decoding: the check, the copy, and computing the running
+    requests' KV again.
     """
     result: Result = {}
     with private_ray():
@@ -43,7 +53,10 @@ def run(sizes: tuple[str, ...] = ("4mb", "50mb"), overrides: tuple[str, ...] = (
             parts = _one_size(bench_config((*SIZES[size], *overrides)), repeats)
             result |= {f"{name}_{size}": value for name, value in parts.items()}
     last = sizes[-1]
-    return {"ratio": result[f"of_gloo_{last}"], "of_per_tensor": result[f"of_per_tensor_{last}"]} | result
+    return {
+        "ratio": result[f"of_gloo_object_store_{last}"],
+        "of_per_tensor": result[f"of_per_tensor_{last}"],
+    } | result
 
 
 @contextmanager
@@ -59,170 +72,149 @@ def private_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-class Sender:
-    """Where the learner stands: packs a policy's weights, or broadcasts them flat."""
-
-    def __init__(self, config: Config) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        self.policy = fresh_policy(config)
-        self.flat = torch.from_numpy(pack_weights(trainable_parameters(self.policy), WeightVersion(0, 0)).flat)
-
-    def weights(self, version: WeightVersion) -> WeightUpdate:
-        return pack_weights(trainable_parameters(self.policy), version)
-
-    def size(self) -> int:
-        return self.flat.numel()
-
-    def tensors(self) -> list[Any]:
-        """One object reference per parameter."""
-        return [ray.put(parameter.detach().numpy()) for _, parameter in trainable_parameters(self.policy)]
-
-    def address(self) -> tuple[str, int]:
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", int(probe.getsockname()[1])
-
-    def join(self, rank: int, address: tuple[str, int]) -> None:
-        join_gloo(rank, address)
-
-    def broadcast(self) -> None:
-        import torch.distributed as dist
-
-        dist.broadcast(self.flat, src=0)
-
-
-class Receiver:
-    """Where a rollout worker stands: an engine that decodes all the while."""
-
-    def __init__(self, config: Config) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        shape, state = fresh_weights(config)
-        self.engine = TorchEngine(shape, state, max_sequences=DECODING, cache_slots=0)
-        self.buffer = torch.zeros(sum(array.size for array in state.values()))
-        self.parts: dict[int, np.ndarray[Any, Any]] = {}
-        self.stalls_s: list[float] = []
-
-    async def join(self, rank: int, address: tuple[str, int]) -> None:
-        join_gloo(rank, address)
-
-    async def broadcast(self) -> None:
-        import torch.distributed as dist
-
-        dist.broadcast(self.buffer, src=0)
+class TimedWorker(RolloutWorker):
+    """A rollout worker that also takes the baselines' weights, and times its own decoding."""
 
     async def take(self, index: int, part: np.ndarray[Any, Any]) -> None:
-        self.parts[index] = part.copy()  # calls with large arguments may come in any order
+        """One parameter of many; calls with large arguments may come in any order."""
+        self.parts = getattr(self, "parts", {})
+        self.parts[index] = part.copy()
 
-    async def update_weights(self, update: WeightUpdate) -> None:
-        await self.engine.update_weights(update)
+    async def receive_flat(self, place: Place, size: int) -> int:
+        """One flat broadcast and nothing else; returns a checksum of what came last time."""
+        if not hasattr(self, "group"):
+            import torch
+            import torch.distributed as dist
 
-    def steps(self) -> int:
-        steps = self.engine.stats().steps
-        assert steps is not None  # the embedded engine counts them
-        return steps
+            self.group = Group(place, dist.TCPStore(*place.address, is_master=False))  # type: ignore[attr-defined]
+            self.flat = torch.zeros(size)
+        await asyncio.to_thread(lambda: self.group.finish(self.group.broadcast(self.flat)))
+        return 0
 
-    async def update_while_decoding(self, update: WeightUpdate, tokens: int) -> float:
-        """Seconds of decoding that an update costs: the longest pause between two steps, less a usual one.
+    async def checksums(self) -> tuple[int, int]:
+        """Of what the broadcast brought, and of what came tensor by tensor."""
+        parts = np.concatenate([self.parts[i].ravel() for i in sorted(self.parts)])
+        return checksum(self.flat.numpy()), checksum(parts)
 
-        The update comes when half of `tokens` are decoded.
+    async def decode_while(self, tokens: int, updates: bool) -> float:
+        """The longest pause in the stream of any of `DECODING` requests, in seconds, less a usual one.
+
+        With `updates`, weights that were received are applied when every request has begun.
         """
+        begun = [asyncio.Event() for _ in range(DECODING)]
         pauses: list[float] = []
-        halfway = asyncio.Event()
-
-        async def watch() -> None:
-            first = steps = self.steps()
-            since = time.perf_counter()
-            while True:
-                await asyncio.sleep(0)
-                now, done = time.perf_counter(), self.steps()
-                if done == steps:
-                    continue
-                pauses.append(now - since)
-                steps, since = done, now
-                if not halfway.is_set() and done >= first + tokens // 2:
-                    halfway.set()
-                    pauses.clear()  # the first steps prefill, and wake everything up
 
         async def decode(i: int) -> None:
-            asked = GenerateRequest(f"d{i:03d}", (5, 6, 7, 8), SamplingParams(max_new_tokens=tokens, seed=i))
+            asked = GenerateRequest(f"timed-{i:03d}", (5, 6, 7, 8 + i), SamplingParams(max_new_tokens=tokens, seed=i))
+            since = 0.0
             async for _ in self.engine.generate(asked):
-                pass
+                now = time.perf_counter()
+                if since:
+                    pauses.append(now - since)
+                since = now
+                begun[i].set()
 
-        watcher = asyncio.create_task(watch())
         decoders = [asyncio.create_task(decode(i)) for i in range(DECODING)]
-        await halfway.wait()
-        await self.engine.update_weights(update)
+        for event in begun:
+            await event.wait()
+        if updates:
+            await self.apply_weights()
         await asyncio.gather(*decoders)
-        watcher.cancel()
         return max(pauses) - float(np.median(pauses))
-
-    async def checksums(self) -> tuple[int, int, str]:
-        """Of what gloo brought, of what came tensor by tensor, and the version that the engine runs."""
-        parts = np.concatenate([self.parts[i].ravel() for i in sorted(self.parts)])
-        return checksum(self.buffer.numpy()), checksum(parts), str(self.engine.version)
-
-
-def join_gloo(rank: int, address: tuple[str, int]) -> None:
-    """Enter the group of one sender and all receivers."""
-    import torch.distributed as dist
-
-    where = f"tcp://{address[0]}:{address[1]}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=1 + ENGINES)
-
-
-class _Learners:
-    """The part of a learner group that a transport uses."""
-
-    def __init__(self, sender: Any, parameters: int) -> None:
-        self.sender = sender
-        self.parameters = parameters
-
-    def weights(self, version: WeightVersion) -> Any:
-        return self.sender.weights.remote(version)
 
 
 def _one_size(config: Config, repeats: int) -> dict[str, float]:
-    options = {"num_cpus": 0.5, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-    sender: Any = ray.remote(Sender).options(**options).remote(config)
-    receivers: list[Any] = [ray.remote(Receiver).options(**options).remote(config) for _ in range(ENGINES)]
-    address = ray.get(sender.address.remote())
-    ray.get([actor.join.remote(rank, address) for rank, actor in enumerate([sender, *receivers])])
-    pool, transport = RolloutPool(receivers, 1), ObjectStoreTransport()
-    learners: Any = _Learners(sender, ray.get(sender.size.remote()))
-    version = WeightVersion(0, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = fresh_policy(config)
+        save_policy(policy, load_task(config.task).tokenizer(), config.task, f"{folder}/policy")
+        learner = config.learner.model_copy(update={"ranks": 1})
+        config = config.model_copy(update={"learner": learner})
+        learners = LearnerGroup.start(config, OptimizerConfig(learning_rate=1e-5), f"{folder}/policy")
+        pool = RolloutPool(_workers(config, f"{folder}/policy"), 1)
+        try:
+            return _timed(config, learners, pool, policy, folder, repeats)
+        finally:
+            pool.stop()
+            learners.stop()
 
-    def ours() -> None:
+
+def _workers(config: Config, checkpoint: str) -> list[Any]:
+    options = {"num_cpus": 0.5, "max_concurrency": 64, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+    workers: list[Any] = [
+        ray.remote(TimedWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}") for i in range(ENGINES)
+    ]
+    ray.get([worker.join.remote(None) for worker in workers])
+    return workers
+
+
+def _timed(
+    config: Config, learners: LearnerGroup, pool: RolloutPool, policy: Any, folder: str, repeats: int
+) -> dict[str, float]:
+    expected = pack_weights(trainable_parameters(policy), WeightVersion(0, 0)).checksum
+    version = WeightVersion(0, 0)
+    options = {"folder": f"{folder}/weights"}
+    transports = {
+        name: build_transport(config.weights.model_copy(update={"transport": name, **options})) for name in TRANSPORTS
+    }
+
+    def sync(name: str) -> None:
         nonlocal version
         version = version.next()
-        transport.broadcast(learners, pool, version)
+        transports[name].broadcast(learners, pool, version)
+
+    place = Place(("", 0), 0, 1 + ENGINES, 1, "gloo", 60.0)
+    address = ray.get(learners.actors[0].__ray_call__.remote(partial(_open_baseline, place=place)))
+    places = [Place(address, 1 + i, 1 + ENGINES, 1, "gloo", 60.0) for i in range(ENGINES)]
 
     def gloo() -> None:
-        ray.get([actor.broadcast.remote() for actor in [sender, *receivers]])
+        sent = learners.actors[0].__ray_call__.remote(_send_flat)
+        ray.get(
+            [sent, *(w.receive_flat.remote(p, learners.parameters) for w, p in zip(pool.workers, places, strict=True))]
+        )
 
     def per_tensor() -> None:
-        tensors = ray.get(sender.tensors.remote())
-        ray.get([receiver.take.remote(i, t) for receiver in receivers for i, t in enumerate(tensors)])
+        tensors = ray.get(learners.actors[0].__ray_call__.remote(_put_each))
+        ray.get([worker.take.remote(i, t) for worker in pool.workers for i, t in enumerate(tensors)])
 
-    times = in_turn({"ours": ours, "gloo": gloo, "per_tensor": per_tensor}, repeats)
-    sent = ray.get(sender.weights.remote(version))
-    arrived = ray.get([receiver.checksums.remote() for receiver in receivers])
-    update = sender.weights.remote(version.next())
-    stalls = ray.get([receiver.update_while_decoding.remote(update, 40) for receiver in receivers])
-    for actor in (sender, *receivers):
-        ray.kill(actor)
-    return {
-        "of_gloo": times["gloo"] / times["ours"],
-        "of_per_tensor": times["per_tensor"] / times["ours"],
-        "ms": 1000 * times["ours"],
+    works: dict[str, Callable[[], object]] = {"gloo": gloo, "per_tensor": per_tensor}
+    works |= {name: partial(sync, name) for name in TRANSPORTS}
+    times = in_turn(works, repeats)
+    arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
+    wait_for_all(receive(pool.membership().workers, learners.weights(version.next())), None, "a sync")
+    stalls = ray.get([worker.decode_while.remote(160, True) for worker in pool.workers])
+    quiet = ray.get([worker.decode_while.remote(160, False) for worker in pool.workers])
+    result = {
         "gloo_ms": 1000 * times["gloo"],
         "per_tensor_ms": 1000 * times["per_tensor"],
+        "of_per_tensor": times["per_tensor"] / times["object_store"],
         "megabytes": 4 * learners.parameters / 1e6,
         "stall_ms": 1000 * max(stalls),
-        "differing_receivers": float(sum(a != (sent.checksum, sent.checksum, str(version)) for a in arrived)),
+        "longest_pause_without_update_ms": 1000 * max(quiet),
+        "differing_receivers": float(sum(pair != (expected, expected) for pair in arrived)),
     }
+    for name in TRANSPORTS:
+        result |= {f"{name}_ms": 1000 * times[name], f"of_gloo_{name}": times["gloo"] / times[name]}
+        transports[name].close()
+    return result
+
+
+def _open_baseline(actor: Any, place: Place) -> tuple[str, int]:
+    import torch
+
+    update = actor.trainer.weights(WeightVersion(0, 0))
+    actor.baseline = CollectiveSink(place)
+    actor.flat = torch.from_numpy(update.flat)
+    address: tuple[str, int] = actor.baseline.open()
+    return address
+
+
+def _send_flat(actor: Any) -> None:
+    sink = actor.baseline
+    if sink.group is None:
+        sink.group = Group(sink.place, sink.store)
+    sink.group.finish(sink.group.broadcast(actor.flat))
+
+
+def _put_each(actor: Any) -> list[Any]:
+    """One object reference per parameter."""
+    return [ray.put(p.detach().numpy()) for _, p in trainable_parameters(actor.trainer.policy)]

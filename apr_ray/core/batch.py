@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+COLUMNS = {
+    "loss_weights": np.float32,
+    "advantages": np.float32,
+    "behaviour_logprobs": np.float32,
+    "versions": np.int32,
+}
+"""What a sequence has per token, besides its ids and positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,8 @@ class TrainBatch:
         advantages: float32 [N].
         behaviour_logprobs: float32 [N]; what the engine reported when it drew the token.
         position_ids: int32 [N]; 0, 1, … within each sequence.
+        versions: int32 [N]; counter of the weight version that drew the token, of the learner's own incarnation.
+        trees: int32 [S]; which tree a sequence is a call of.
         offsets: int64 [S + 1].
         trained_tokens: how many tokens have a weight other than 0.
     """
@@ -33,6 +42,8 @@ class TrainBatch:
     advantages: Array
     behaviour_logprobs: Array
     position_ids: Array
+    versions: Array
+    trees: Array
     offsets: Array
     trained_tokens: int
 
@@ -47,19 +58,21 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
-    """One sequence before it is laid into a batch; all fields have one entry per token."""
+    """One sequence before it is laid into a batch; all fields but `tree` have one entry per token."""
 
     tokens: Sequence[int]
     loss_weights: Sequence[float]
     advantages: Sequence[float] | None = None
     behaviour_logprobs: Sequence[float] | None = None
+    versions: Sequence[int] | None = None
+    tree: int = 0
 
 
 def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:
     """Lay sequences end to end. Raises ValueError on an empty sequence or unequal lengths."""
     lengths = [len(s.tokens) for s in sequences]
     for sequence in sequences:
-        for name in ("loss_weights", "advantages", "behaviour_logprobs"):
+        for name in COLUMNS:
             column = getattr(sequence, name)
             if column is not None and len(column) != len(sequence.tokens):
                 raise ValueError(f"{name} has {len(column)} entries for {len(sequence.tokens)} tokens")
@@ -69,7 +82,7 @@ def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:
     np.cumsum(lengths, out=offsets[1:])
     size = int(offsets[-1])
     tokens = np.empty(size, dtype=np.int64)
-    columns = {name: np.zeros(size, dtype=np.float32) for name in ("loss_weights", "advantages", "behaviour_logprobs")}
+    columns: dict[str, Array] = {name: np.zeros(size, dtype=kind) for name, kind in COLUMNS.items()}
     position_ids = np.empty(size, dtype=np.int32)
     for sequence, start, end in zip(sequences, offsets[:-1], offsets[1:], strict=True):
         tokens[start:end] = sequence.tokens
@@ -82,6 +95,7 @@ def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:
     return TrainBatch(
         tokens=tokens,
         position_ids=position_ids,
+        trees=np.array([s.tree for s in sequences], dtype=np.int32),
         offsets=offsets,
         trained_tokens=int(np.count_nonzero(columns["loss_weights"])),
         **columns,

@@ -59,6 +59,7 @@ class GenerateRequest:
     Attributes:
         priority: higher is admitted first (a resumed parent goes before new roots).
         resumes: whether a later request may begin with this one's tokens; where not, an engine need not keep their KV.
+        thread: whose request it is, as a path in its tree; () is the root.
     """
 
     request_id: str
@@ -66,6 +67,7 @@ class GenerateRequest:
     sampling: SamplingParams
     priority: int = 0
     resumes: bool = True
+    thread: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,9 @@ class Chunk:
         cached_tokens: prompt tokens that needed no prefill; set in the first chunk.
         finish: None until the request ends.
         error: what failed, when finish is ERROR.
+        kv_version: the weights under which the KV before these tokens was computed, where they are not `version`: after
+            an update that kept the KV.
+        engine_id: which engine drew them, where it is not the one that was asked.
     """
 
     token_ids: tuple[int, ...]
@@ -95,6 +100,8 @@ class Chunk:
     cached_tokens: int = 0
     finish: FinishReason | None = None
     error: str = ""
+    kv_version: WeightVersion | None = None
+    engine_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +112,14 @@ class Capabilities:
         seeds: a request's draws depend on its seed alone.
         deterministic: a request's tokens do not depend on what else is in the batch.
         in_flight_update: weights may change while requests run (token spans name the versions).
+        keeps_kv: an update may leave the KV of running requests as it is (`Chunk.kv_version` names its weights).
         priorities: `GenerateRequest.priority` orders admission.
     """
 
     seeds: bool
     deterministic: bool
     in_flight_update: bool
+    keeps_kv: bool
     priorities: bool
 
 
@@ -145,9 +154,14 @@ class Engine(Protocol):
         """End every request whose id starts with the prefix; each yields a last chunk with ABORTED."""
         ...
 
-    async def update_weights(self, update: WeightUpdate) -> None:
-        """Swap all weights between two steps. Raises WeightsRejected, with nothing applied, if any tensor is missing,
-        unknown, of another shape or dtype, not finite, or if the checksum or the order of versions is wrong."""
+    async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
+        """Swap all weights between two steps; running requests go on under them.
+
+        No KV of older weights is used afterwards: that of running requests is computed again. With `keep_kv` (where
+        the engine has `Capabilities.keeps_kv`) running requests go on from the KV they have; new requests never see it.
+
+        Raises WeightsRejected, with nothing applied, if any tensor is missing, unknown, of another shape or dtype, not
+        finite, or if the checksum or the order of versions is wrong; AprError for `keep_kv` without the capability."""
         ...
 
     def stats(self) -> EngineStats:

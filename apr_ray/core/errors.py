@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class AprError(Exception):
     """An error with a remedy; the command line prints it in one line.
@@ -26,6 +28,23 @@ class ConfigError(AprError):
 
 class WeightsRejected(AprError):
     """A weight update was refused whole; nothing of it was applied."""
+
+
+class SyncFailed(AprError):
+    """A weight broadcast did not reach everyone; the message names who is missing.
+
+    Args:
+        dead: why each part died that died, by name.
+        others: whether parts are missing that did not die.
+    """
+
+    def __init__(
+        self, what: str, remedy: str = "", dead: Mapping[str, Exception] | None = None, others: bool = False
+    ) -> None:
+        super().__init__(what, remedy)
+        self.args = (what, remedy, dead, others)
+        self.dead = dead or {}
+        self.others = others
 
 
 class MismatchError(AprError):

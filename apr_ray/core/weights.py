@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +49,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightUpdate:
@@ -61,29 +67,92 @@ class WeightUpdate:
     flat: np.ndarray[Any, np.dtype[np.float32]]
     checksum: int
 
+    def fetch(self) -> WeightUpdate:
+        """See `WeightSource`: it is here already."""
+        return self
+
     def state_dict(self) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """Views into `flat` by parameter name; nothing is copied."""
         views = {}
         for spec in self.specs:
-            size = int(np.prod(spec.shape, dtype=np.int64))
-            views[spec.name] = self.flat[spec.offset : spec.offset + size].reshape(spec.shape)
+            views[spec.name] = self.flat[spec.offset : spec.offset + spec.size].reshape(spec.shape)
         return views
+
+
+class WeightSource(Protocol):
+    """Where a rollout worker gets a version from. It is sent to the worker, so it pickles."""
+
+    def fetch(self) -> WeightUpdate:
+        """Bring the weights into this process. Blocks, so it is called beside the worker's event loop.
+
+        Raises SyncFailed where they do not come.
+        """
+        ...
+
+
+class WeightSink(Protocol):
+    """Where rank 0 of the learners puts a version, piece by piece. It lives in that process from version to version."""
+
+    def open(self) -> Any:
+        """Make ready; returns what sources must know."""
+        ...
+
+    def take(
+        self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
+    ) -> Any:
+        """Send all pieces. A piece is valid until the next but one is asked for."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what `open` made."""
+        ...
 
 
 class WeightTransport(Protocol):
     """Carries a version from the learner group to every engine of a pool."""
 
     def broadcast(self, learners: Any, pool: Any, version: WeightVersion) -> SyncReport:
-        """Send the learners' weights to the pool as `version`; returns when every engine runs it."""
+        """Send the learners' weights to the pool as `version`; returns when every engine runs it.
+
+        Raises:
+            SyncFailed: not everyone got it in time; no engine has applied it, or the message names those that have not.
+            WeightsRejected: an engine refused it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of files, memory and groups."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one broadcast cost."""
+    """What one broadcast cost: until every worker had the weights, and from there until every engine ran them."""
 
     version: WeightVersion
     total_s: float
-    gather_s: float
+    send_s: float
     apply_s: float
     weight_bytes: int
+
+
+def layout_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[TensorSpec, ...]:
+    """Parameters one after the other in a flat buffer, in the order given."""
+    specs, offset = [], 0
+    for name, shape in shapes:
+        specs.append(TensorSpec(name, shape, offset))
+        offset += prod(shape)
+    return tuple(specs)
+
+
+def pieces_of(layout: Sequence[TensorSpec], numbers: int) -> list[Sequence[TensorSpec]]:
+    """Neighbouring parameters together, up to `numbers` numbers a piece; a larger parameter goes alone."""
+    pieces: list[list[TensorSpec]] = []
+    size = 0
+    for spec in layout:
+        if not pieces or size + spec.size > numbers:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(spec)
+        size += spec.size
+    return pieces  # type: ignore[return-value]

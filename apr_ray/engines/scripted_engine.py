@@ -36,7 +36,7 @@ class ScriptedEngine:
         gate: awaited with the request id before every chunk, so that a test decides who goes on when.
     """
 
-    capabilities = Capabilities(seeds=True, deterministic=True, in_flight_update=True, priorities=False)
+    capabilities = Capabilities(seeds=True, deterministic=True, in_flight_update=True, keeps_kv=True, priorities=False)
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ScriptedEngine:
             if request_id.startswith(request_id_prefix):
                 self.active[request_id] = True
 
-    async def update_weights(self, update: WeightUpdate) -> None:
+    async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
         """Only the version is taken over."""
         self.version = update.version
 

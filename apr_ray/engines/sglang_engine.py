@@ -65,6 +65,7 @@ class _Running:
         sent: whether SGLang has it.
         held: weights changed while it ran; its tokens are kept until SGLang tells their versions.
         version: the weights in force when its present part was sent.
+        kv_version: those its KV was computed under, where an update kept it.
         ended: its last chunk is out.
     """
 
@@ -79,6 +80,7 @@ class _Running:
     aborted: bool = False
     ended: bool = False
     version: WeightVersion = FIRST_VERSION
+    kv_version: WeightVersion | None = None
     pump: asyncio.Task[None] | None = None
 
     @property
@@ -107,7 +109,7 @@ class SGLangEngine:
         ConfigError: an argument that SGLang does not know, or a context longer than the model's.
     """
 
-    capabilities = Capabilities(seeds=False, deterministic=False, in_flight_update=True, priorities=True)
+    capabilities = Capabilities(seeds=False, deterministic=False, in_flight_update=True, keeps_kv=True, priorities=True)
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class SGLangEngine:
         self.vocab = shape.vocab
         self.expected = shape.parameter_shapes()
         self.version = FIRST_VERSION
+        self._cache_key = str(FIRST_VERSION)  # KV computed under one key is never found under another
         self.on_death = on_death
         self.by_id: dict[str, _Running] = {}
         self._on_cuda = device == "cuda"
@@ -216,7 +219,7 @@ class SGLangEngine:
 
     async def _run_part(self, running: _Running) -> bool:
         """Send a request, or what is left of it, to SGLang; False if it ended at an end token nobody asked for."""
-        running.version, running.held, running.sent = self.version, False, True
+        running.version, running.held, running.sent, running.kv_version = self.version, False, True, None
         before, unasked = len(running.ids), False
         outputs = self._manager.generate_request(self._sglang_request(running), None)
         async with contextlib.aclosing(outputs):
@@ -258,6 +261,7 @@ class SGLangEngine:
             return_logprob=True,
             stream=True,
             priority=running.request.priority,
+            extra_key=self._cache_key,
         )
 
     def _finish_reason(
@@ -292,8 +296,10 @@ class SGLangEngine:
         running.ended = finish is not None
         running.ids += ids
         self._counts["sampled_tokens"] += len(ids)
+        version = version or running.version
+        kv_version = None if version == running.kv_version else running.kv_version
         running.chunks.put_nowait(
-            Chunk(tuple(ids), tuple(logprobs), version or running.version, running.cached or 0, finish, error)
+            Chunk(tuple(ids), tuple(logprobs), version, running.cached or 0, finish, error, kv_version)
         )
 
     def _emit_by_version(
@@ -333,8 +339,11 @@ class SGLangEngine:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    async def update_weights(self, update: WeightUpdate) -> None:
-        """Check the whole update, then apply it between two steps; running requests are prefilled again under it.
+    async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
+        """Check the whole update, then apply it between two steps.
+
+        Running requests are prefilled again under it, and all KV is dropped. With `keep_kv` they go on in place, and
+        requests that come later have another cache key, so that they never meet older KV.
 
         Raises:
             WeightsRejected: nothing was applied.
@@ -342,13 +351,14 @@ class SGLangEngine:
         """
         async with self._updating:
             self._require_alive()
-            check_update(update, self.expected, self.version)
+            await asyncio.to_thread(check_update, update, self.expected, self.version)
             self._loop = asyncio.get_running_loop()
             self._open.clear()
             for running in self.by_id.values():
                 running.held = running.sent
+                running.kv_version = (running.kv_version or running.version) if keep_kv else None
             try:
-                await self._or_death(self._apply(update))
+                await self._or_death(self._apply(update, keep_kv))
             except RuntimeError as error:
                 self._die(f"SGLang failed while it took weights {update.version}: {error}")
                 raise PartDied(self._death, "Restart the worker") from error
@@ -358,9 +368,12 @@ class SGLangEngine:
             finally:
                 self._open.set()
             self.version = update.version
+            if keep_kv:
+                self._cache_key = str(update.version)
 
-    async def _apply(self, update: WeightUpdate) -> None:
-        """Retract what runs, load, flush all KV, go on. RuntimeError with SGLang's message if a step fails."""
+    async def _apply(self, update: WeightUpdate, keep_kv: bool) -> None:
+        """Halt what runs, load, flush all KV unless it is kept, go on. RuntimeError with SGLang's message if a step
+        fails."""
         from sglang.srt.managers.io_struct import (
             BeginWeightUpdateReqInput,
             ContinueGenerationReqInput,
@@ -370,12 +383,12 @@ class SGLangEngine:
         )
 
         manager = self._manager
-        await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
+        await manager.pause_generation(PauseGenerationReqInput(mode="in_place" if keep_kv else "retract"))
         _require_success("begin_weight_update", await manager.begin_weight_update(BeginWeightUpdateReqInput()))
         load = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=_flattened_bucket(update, int(self._engine.server_args.tp_size)),
             load_format="flattened_bucket",
-            flush_cache=True,
+            flush_cache=not keep_kv,
             weight_version=str(update.version),
         )
         _require_success("update_weights_from_tensor", await manager.update_weights_from_tensor(load))

@@ -7,11 +7,12 @@ on policy the loss itself is near 0 whatever the weights of its tokens are.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,14 @@ class AuditReport:
 @dataclass(slots=True)
 class _Sums:
     """What a pass over the calls adds up to. `deltas`: |Δ logprob| of every token drawn under the batch's weights;
-    `trained_deltas`: of every token that carries loss."""
+    `trained_deltas`: of every token that carries loss, `trained` tokens in all, `cut` of them with a cut weight."""
 
     loss: float = 0.0
     kl: float = 0.0
     deltas: list[float] = field(default_factory=list)
     trained_deltas: list[float] = field(default_factory=list)
     trained: int = 0
+    cut: int = 0
     recomputed: int = 0
 
 
@@ -101,6 +103,7 @@ def audit_batch(kept: KeptBatch, tolerance: float = 1e-3) -> AuditReport:
 
     findings += [
         Finding("trained tokens", str(sums.trained), str(told.tokens), sums.trained == told.tokens),
+        Finding("importance weights cut", str(sums.cut), str(told.cut), sums.cut == told.cut),
         near("loss", sums.loss, told.loss, tolerance),
         near("KL term", sums.kl, told.kl, tolerance),
         near("gradient norm", norm, told.grad_norm, tolerance * max(norm, told.grad_norm)),
@@ -131,7 +134,12 @@ def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
     counts: Counter[str] = Counter()
     sampled = faults = 0
     contexts = good = 0
-    skipped = {id(tree) for trees in fresh_groups(kept) for tree in trees if _is_skipped(kept, trees)}
+    skipped = {
+        id(tree)
+        for trees in fresh_groups(kept)
+        for tree, advantage in zip(trees, advantages(kept, trees), strict=True)
+        if _is_skipped(kept, advantage)
+    }
     fresh = {id(tree) for trees in fresh_groups(kept) for tree in trees}
     for tree in kept.trees:
         by_place = {(call.path, call.segment): call for call in tree.calls}
@@ -177,9 +185,18 @@ def _is_whole(call: Call, vocabulary: int) -> bool:
     )
 
 
-def _is_skipped(kept: KeptBatch, trees: Sequence[ThreadTree]) -> bool:
-    """Without a KL term a group whose rewards are all equal has no gradient and is left out."""
-    return not kept.step.kl_coefficient and len({tree.reward for tree in trees}) == 1
+def advantages(kept: KeptBatch, trees: Sequence[ThreadTree]) -> list[float]:
+    """Of the trees of one group: z-scores of their rewards (paper section 3.3), or the rewards themselves."""
+    rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
+    if kept.step.advantage == "success":
+        return rewards
+    mean, deviation = statistics.fmean(rewards), statistics.pstdev(rewards)
+    return [(reward - mean) / deviation if deviation else 0.0 for reward in rewards]
+
+
+def _is_skipped(kept: KeptBatch, advantage: float) -> bool:
+    """Without a KL term a tree without advantage has no gradient and is left out."""
+    return not kept.step.kl_coefficient and advantage == 0.0
 
 
 def fresh_groups(kept: KeptBatch) -> list[tuple[ThreadTree, ...]]:
@@ -209,49 +226,106 @@ def check_versions(kept: KeptBatch) -> list[Finding]:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A call in the loss: at each of `positions` the loss is divided by `divisor`, its reward's part times a weight."""
+
+    call: Call
+    advantage: float = 0.0
+    positions: Sequence[int] = ()
+    divisor: float = 1.0
+    importance: Sequence[float] = ()
+
+
 def recompute(kept: KeptBatch, policy: Any, reference: Any) -> _Sums:
     """The loss from first principles; its gradient is left in the policy's parameters.
 
     Paper section 3.3: the advantage is the z-score of a tree's reward in its group; a call's loss is the mean over its
     tokens of -min(ratio A, clipped ratio A) + beta k3, a tree's the mean over its calls, the batch's the mean over its
-    trees.
+    trees. `step.loss_mean`, `step.ratio` and `step.correction` say where that was departed from.
     """
     sums = _Sums()
     groups = fresh_groups(kept)
-    trees_in_all = sum(map(len, groups))
     fresh = {id(tree) for trees in groups for tree in trees}
-    for trees in groups:
-        rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
-        deviation = statistics.pstdev(rewards)
-        for tree, reward in zip(trees, rewards, strict=True):
-            advantage = (reward - statistics.fmean(rewards)) / deviation if deviation else 0.0
-            trained_calls = sum(bool(carries_loss(call)) for call in tree.calls)
-            skipped = _is_skipped(kept, trees)
-            for call in tree.calls:
-                positions = [] if skipped else carries_loss(call)
-                share = 1 / (trained_calls * trees_in_all) if positions else 0.0
-                _one_call(kept, policy, reference, call, positions, advantage, share, sums)
-    for tree in kept.trees:
-        if id(tree) not in fresh:
-            for call in tree.calls:
-                _one_call(kept, policy, reference, call, [], 0.0, 0.0, sums)
+    trees = parts_of_trees(kept, groups)
+    if kept.step.correction != "none":
+        trees = with_importance(kept, policy, trees, sums)
+    stale = [_Part(call) for tree in kept.trees if id(tree) not in fresh for call in tree.calls]
+    for part in itertools.chain(*trees, stale):
+        _one_call(kept, policy, reference, part, sums)
     return sums
 
 
-def _one_call(
-    kept: KeptBatch,
-    policy: Any,
-    reference: Any,
-    call: Call,
-    positions: Sequence[int],
-    advantage: float,
-    share: float,
-    sums: _Sums,
-) -> None:
-    """Add one call's part: `positions` carry loss, whose mean has weight `share`."""
+def parts_of_trees(kept: KeptBatch, groups: Sequence[Sequence[ThreadTree]]) -> list[list[_Part]]:
+    """Every call of the fresh groups, by tree."""
+    out = []
+    count = sum(map(len, groups))
+    tokens_in_all = sum(len(carries_loss(call)) for trees in groups for tree in trees for call in tree.calls)
+    for trees in groups:
+        for tree, advantage in zip(trees, advantages(kept, trees), strict=True):
+            places = [carries_loss(call) for call in tree.calls]
+            calls, tokens = sum(map(bool, places)), sum(map(len, places))
+            parts = []
+            for call, positions in zip(tree.calls, places, strict=True):
+                mean_over = {
+                    "call": len(positions) * calls * count,
+                    "tree": tokens * count,
+                    "token": tokens_in_all,
+                }
+                used = [] if _is_skipped(kept, advantage) else positions
+                ones = [1.0] * len(used)
+                parts.append(_Part(call, advantage, used, mean_over[kept.step.loss_mean], ones))
+            out.append(parts)
+    return out
+
+
+def with_importance(kept: KeptBatch, policy: Any, trees: list[list[_Part]], sums: _Sums) -> list[list[_Part]]:
+    """With importance weights, the learner's probability over the engine's; or as they are, where the two differ less
+    than `step.correction_from` says."""
+    step, limit = kept.step, math.log(kept.step.correction_cap)
+    deltas = [[_deltas(policy, part, step.temperature) for part in parts] for parts in trees]
+    if statistics.fmean(abs(d) for tree in deltas for call in tree for d in call) <= step.correction_from:
+        return trees
+
+    def weight(exponent: float) -> float:
+        if exponent <= limit and (step.correction == "truncate" or exponent >= -limit):
+            return math.exp(exponent)
+        sums.cut += 1
+        return step.correction_cap if step.correction == "truncate" else 0.0
+
+    return [
+        [
+            replace(part, importance=[weight(e) for e in exponents])
+            for part, exponents in zip(parts, _exponents(of_tree, step.correction_level), strict=True)
+        ]
+        for parts, of_tree in zip(trees, deltas, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _deltas(policy: Any, part: _Part, temperature: float) -> list[float]:
+    """The learner's logprob less the engine's, of each token that carries loss."""
+    if not part.positions:
+        return []
+    logprobs = _logprobs(policy, part.call, temperature).tolist()
+    return [logprobs[i] - part.call.logprobs[i] for i in part.positions]
+
+
+def _exponents(deltas: Sequence[Sequence[float]], level: str) -> list[list[float]]:
+    """Logs of a tree's importance weights: of a token alone, or of all that carry loss in its call or in the tree."""
+    if level == "token":
+        return [list(call) for call in deltas]
+    if level == "call":
+        return [[math.fsum(call)] * len(call) for call in deltas]
+    whole = math.fsum(itertools.chain(*deltas))
+    return [[whole] * len(call) for call in deltas]
+
+
+def _one_call(kept: KeptBatch, policy: Any, reference: Any, part: _Part, sums: _Sums) -> None:
+    """Add one call."""
+    call, positions, step = part.call, part.positions, kept.step
     if not call.sampled_ids:
         return
-    step = kept.step
     with torch.set_grad_enabled(bool(positions)):
         logprobs = _logprobs(policy, call, step.temperature)
     drawn = [i for i in range(len(call.sampled_ids)) if i not in call.forced]
@@ -268,19 +342,20 @@ def _one_call(
         towards = _logprobs(reference, call, step.temperature) if reference is not None else None
     call_loss: Any = 0.0
     call_kl = 0.0
-    for i in positions:
-        ratio = (logprobs[i] - call.logprobs[i]).exp()
+    for i, importance in zip(positions, part.importance, strict=True):
+        old = call.logprobs[i] if step.ratio == "behaviour" else values[i]
+        ratio = (logprobs[i] - old).exp()
         clipped = ratio.clamp(1 - step.clip, 1 + step.clip)
-        call_loss = call_loss - torch.minimum(ratio * advantage, clipped * advantage)
+        call_loss = call_loss - importance * torch.minimum(ratio * part.advantage, clipped * part.advantage)
         if towards is not None:
             difference = towards[i] - logprobs[i]
             k3 = difference.exp() - difference - 1
             call_loss = call_loss + step.kl_coefficient * k3
             call_kl += float(k3.detach())
-    call_loss = share * call_loss / len(positions)
+    call_loss = call_loss / part.divisor
     call_loss.backward()
     sums.loss += float(call_loss.detach())
-    sums.kl += share * call_kl / len(positions)
+    sums.kl += call_kl / part.divisor
 
 
 def _logprobs(policy: Any, call: Call, temperature: float) -> torch.Tensor:

@@ -20,12 +20,15 @@ from apr_ray.core.trees_io import read_trees, write_trees
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import replace_directory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Format 1 knew no options of the loss: the defaults of `KeptStep` and `Reported` are what it did."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What the learner reported of its first inner step; `delta_*` over trained tokens, in nats."""
+    """What the learner reported of its first inner step; `delta_*` over trained tokens, in nats; `cut` counts those
+    whose importance weight was truncated or masked."""
 
     loss: float
     kl: float
@@ -33,11 +36,12 @@ class Reported:
     tokens: int
     delta_mean: float
     delta_max: float
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class KeptStep:
-    """One step as it was asked for.
+    """One step as it was asked for; see `config.GrpoConfig`.
 
     Attributes:
         step: from 1, as in the metrics.
@@ -57,6 +61,13 @@ class KeptStep:
     reference: str
     dispositions: dict[str, int]
     reported: Reported | None
+    advantage: str = "group"
+    loss_mean: str = "call"
+    ratio: str = "behaviour"
+    correction: str = "none"
+    correction_level: str = "token"
+    correction_cap: float = 2.0
+    correction_from: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +120,9 @@ def read_batch(folder: Path) -> KeptBatch:
     try:
         data = json.loads((folder / "step.json").read_text())
         found = data.pop("format")
-        if found != FORMAT_VERSION:
+        if found not in READABLE:
             raise AprError(
-                f"{folder}/step.json has format {found!r}, this version reads {FORMAT_VERSION}",
+                f"{folder}/step.json has format {found!r}, this version reads {READABLE}",
                 "Audit it with the apr-ray version that wrote it",
             )
         reported = data.pop("reported")

@@ -13,7 +13,7 @@ import ray
 
 from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
-from apr_ray.core.weights import WeightVersion
+from apr_ray.core.weights import TensorSpec, WeightSink, WeightVersion
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge
 from apr_ray.parts import DEAD, died, own_log
 from apr_ray.tasks.registry import load_task
@@ -33,6 +33,7 @@ class LearnerActor:
         self.optimizer = optimizer
         self.init_from = init_from
         self.rank = rank
+        self.sinks: dict[str, WeightSink] = {}
 
     def log(self) -> str:
         """Where this rank logs. While it is in a step it does not answer."""
@@ -79,6 +80,23 @@ class LearnerActor:
         driver can wait for it without fetching the first."""
         update = self.trainer.weights(version)
         return update if self.rank == 0 else None, None
+
+    def open_sink(self, name: str, sink: WeightSink) -> Any:
+        """Where `send_weights` will put the weights (rank 0 only); returns what its receivers must know."""
+        self.sinks[name] = sink
+        return self.trainer.layout(), sink.open()
+
+    def close_sink(self, name: str) -> None:
+        self.sinks.pop(name).close()
+
+    def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> Any:
+        """Rank 0 sends; the others only take part in gathering, to the end even where sending fails."""
+        pieces = self.trainer.weight_pieces(piece_numbers)
+        try:
+            return self.sinks[name].take(self.trainer.layout(), pieces, version) if self.rank == 0 else None
+        finally:
+            for _ in pieces:
+                pass
 
     def save(self, directory: str) -> None:
         """Rank 0 writes the policy in Hugging Face form, every rank its part of the optimiser."""
@@ -158,6 +176,22 @@ class LearnerGroup:
         made = [actor.weights.options(num_returns=2).remote(version) for actor in self._needed()]
         self._all([done for _, done in made])
         return made[0][0]
+
+    def open_sink(self, name: str, sink: WeightSink) -> tuple[tuple[TensorSpec, ...], Any]:
+        """Give rank 0 a sink; returns the layout of the weights and what the sink's receivers must know."""
+        opened: tuple[tuple[TensorSpec, ...], Any] = ray.get(self.actors[0].open_sink.remote(name, sink))
+        return opened
+
+    def close_sink(self, name: str) -> None:
+        """Close a sink of rank 0."""
+        ray.get(self.actors[0].close_sink.remote(name))
+
+    def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> dict[str, Any]:
+        """Start sending the present weights into an open sink: an object reference per rank that takes part."""
+        return {
+            f"learner-{rank}": actor.send_weights.remote(name, version, piece_numbers)
+            for rank, actor in enumerate(self._needed())
+        }
 
     def save(self, directory: Path) -> None:
         """Write `policy/` and `optimizer/` under a folder."""

@@ -13,18 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from apr_ray.config import LearnerConfig, OptimizerConfig
+from apr_ray.config import GrpoConfig, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
-from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.model.llama import load_policy
-from apr_ray.model.state import pack_weights, trainable_parameters
+from apr_ray.model.state import copy_flat, pack_weights, trainable_parameters
 from apr_ray.rl.batches import plan_micro_batches
-from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.losses import grpo_loss, log_ratio, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.mismatch import Correction, ImportanceWeights, Mismatch, importance_weights, measure_mismatch, tree_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,10 @@ class StepStats:
 
     Attributes:
         loss, kl, entropy: weighted sums over the tokens this rank saw.
-        tokens: trained tokens; `clipped` of them had a clipped ratio.
-        delta_sum, delta_max: |logprob - behaviour logprob|.
+        tokens: trained tokens; `clipped` of them had a clipped ratio, `cut` of them a cut importance weight.
         padded_tokens: rows times width over all micro-batches: what the forward pass had to compute.
         grad_norm: before clipping; the same on every rank.
+        mismatch: of the whole batch, the same on every rank; of the first inner step of GRPO only.
     """
 
     loss: float
@@ -47,8 +48,8 @@ class StepStats:
     kl: float = 0.0
     entropy: float = 0.0
     clipped: int = 0
-    delta_sum: float = 0.0
-    delta_max: float = 0.0
+    cut: int = 0
+    mismatch: Mismatch | None = None
 
 
 def merge(parts: Sequence[StepStats]) -> StepStats:
@@ -62,8 +63,8 @@ def merge(parts: Sequence[StepStats]) -> StepStats:
         kl=sum(p.kl for p in parts),
         entropy=sum(p.entropy for p in parts),
         clipped=sum(p.clipped for p in parts),
-        delta_sum=sum(p.delta_sum for p in parts),
-        delta_max=max(p.delta_max for p in parts),
+        cut=sum(p.cut for p in parts),
+        mismatch=parts[0].mismatch,
     )
 
 
@@ -75,6 +76,18 @@ class GrpoStep:
     kl_coefficient: float
     temperature: float
     inner_steps: int
+    ratio: Literal["behaviour", "proximal"] = "behaviour"
+    correction: Correction | None = None
+
+    @classmethod
+    def of(cls, grpo: GrpoConfig) -> GrpoStep:
+        """As configured."""
+        correction = None
+        if grpo.correction != "none":
+            correction = Correction(
+                grpo.correction, grpo.correction_level, grpo.correction_cap, from_delta=grpo.correction_from
+            )
+        return cls(grpo.clip, grpo.kl_coefficient, grpo.temperature, grpo.inner_steps, grpo.ratio, correction)
 
 
 class Trainer:
@@ -96,9 +109,10 @@ class Trainer:
         self.rank = rank
         self.world = world
         adamw = torch.optim.AdamW(
-            policy.parameters(),
+            parameter_groups(policy, optimizer),
             lr=optimizer.learning_rate,
             betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
@@ -162,48 +176,80 @@ class Trainer:
         return StepStats(loss_sum, tokens, padded, self.grad_norm(), learning_rate)
 
     def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
-        """`inner_steps` optimiser steps on one batch of trees; the first one's `delta_*` compare engine and learner at
-        the same weights."""
-        plan = self.plan(batch)
-        rows_of = [_Rows(batch, indices) for indices in plan]
-        references = [
-            self.reference_logprobs(rows, step.temperature) if step.kl_coefficient else None for rows in rows_of
-        ]
+        """`inner_steps` optimiser steps on one batch of trees; the first one's stats hold the mismatch of engine and
+        learner at the start of the batch."""
+        rows_of = [_Rows(batch, indices) for indices in self.plan(batch)]
+        if step.kl_coefficient:
+            for rows in rows_of:
+                rows.reference = self.reference_logprobs(rows, step.temperature)
+        if step.correction and step.correction.needs_whole_batch:
+            self._weigh_whole_batch(batch, rows_of, step.correction, step.temperature)
         out = []
         for _ in range(step.inner_steps):
-            parts = []
-            for rows, reference in zip(rows_of, references, strict=True):
-                logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
-                with torch.no_grad():
-                    entropy = token_entropy(logits, step.temperature)
-                result = grpo_loss(
-                    token_logprobs(logits, rows.tokens, step.temperature),
-                    rows.behaviour_logprobs,
-                    rows.advantages,
-                    rows.weights,
-                    entropy,
-                    clip=step.clip,
-                    kl_coefficient=step.kl_coefficient,
-                    reference_logprobs=reference,
-                )
-                self.engine.backward(result.loss * self.world)
-                parts.append(
-                    StepStats(
-                        float(result.loss.detach()),
-                        result.tokens,
-                        rows.tokens.numel(),
-                        0.0,
-                        learning_rate,
-                        result.kl,
-                        result.entropy,
-                        result.clipped,
-                        result.delta_sum,
-                        result.delta_max,
-                    )
-                )
+            parts = [self._accumulate(rows, step, learning_rate) for rows in rows_of]
             self.apply(learning_rate)
             out.append(replace(merge(parts), grad_norm=self.grad_norm()))
-        return out
+        mismatch = measure_mismatch(self._delta(batch, rows_of), batch)
+        return [replace(out[0], mismatch=mismatch), *out[1:]]
+
+    def _accumulate(self, rows: _Rows, step: GrpoStep, learning_rate: float) -> StepStats:
+        """Forward and backward of one micro-batch."""
+        logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+        logprobs = token_logprobs(logits, rows.tokens, step.temperature)
+        with torch.no_grad():
+            entropy = token_entropy(logits, step.temperature)
+        if rows.proximal is None:  # the first inner step: the policy is still that at the start of the batch
+            rows.proximal = logprobs.detach()
+            if step.correction:
+                rows.importance = importance_weights(rows.delta(), step.correction)
+        result = grpo_loss(
+            logprobs,
+            rows.proximal if step.ratio == "proximal" else rows.behaviour_logprobs,
+            rows.advantages,
+            rows.weights,
+            entropy,
+            clip=step.clip,
+            kl_coefficient=step.kl_coefficient,
+            reference_logprobs=rows.reference,
+            importance_weights=rows.importance.values if rows.importance else None,
+        )
+        self.engine.backward(result.loss * self.world)
+        return StepStats(
+            float(result.loss.detach()),
+            result.tokens,
+            rows.tokens.numel(),
+            0.0,
+            learning_rate,
+            result.kl,
+            result.entropy,
+            result.clipped,
+            cut=int((rows.importance.cut & (rows.weights != 0)).sum()) if rows.importance else 0,
+        )
+
+    def _weigh_whole_batch(
+        self, batch: TrainBatch, rows_of: Sequence[_Rows], how: Correction, temperature: float
+    ) -> None:
+        """Importance weights that need every proximal logprob of the batch: a pass of its own before the first step."""
+        for rows in rows_of:
+            with torch.no_grad():
+                logits = self.policy(input_ids=rows.tokens, use_cache=False).logits
+            rows.proximal = token_logprobs(logits, rows.tokens, temperature)
+        delta = self._delta(batch, rows_of)
+        if not how.applies(measure_mismatch(delta, batch).delta_mean):
+            return
+        sums = torch.from_numpy(tree_sums(delta, batch))
+        for rows in rows_of:
+            rows.importance = importance_weights(rows.delta(), how, sums[rows.trees])
+
+    def _delta(self, batch: TrainBatch, rows_of: Sequence[_Rows]) -> np.ndarray[Any, Any]:
+        """float32 [N]: proximal less behaviour logprob of every token of the batch, from all ranks."""
+        delta = torch.zeros(len(batch.tokens))
+        for rows in rows_of:
+            for (start, end), row in zip(rows.spans, rows.delta(), strict=True):
+                delta[start:end] = row[: end - start]
+        if self.world > 1:
+            torch.distributed.all_reduce(delta)
+        return delta.numpy()
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
@@ -226,7 +272,7 @@ class Trainer:
     def apply(self, learning_rate: float) -> None:
         """The optimiser step at the end of all micro-batches."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("scale", 1.0)
         self.engine.step()
 
     def grad_norm(self) -> float:
@@ -269,6 +315,30 @@ class Trainer:
         with self.whole_policy() as policy:
             return pack_weights(trainable_parameters(policy), version)
 
+    def layout(self) -> tuple[TensorSpec, ...]:
+        """Where each parameter lies in the flat form of the weights."""
+        named = trainable_parameters(self.policy)
+        return layout_of((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named)
+
+    @torch.no_grad()
+    def weight_pieces(self, numbers: int) -> Iterator[np.ndarray[Any, Any]]:
+        """The flat weights piece by piece (`core.weights.pieces_of`), in two buffers by turns: a piece is valid until
+        the next but one. At ZeRO stage 3 all ranks must go through all pieces; each is whole only while it is copied.
+        """
+        import deepspeed
+
+        parameters = dict(trainable_parameters(self.policy))
+        pieces = pieces_of(self.layout(), numbers)
+        sizes = [sum(spec.size for spec in piece) for piece in pieces]
+        buffers = [np.empty(max(sizes), dtype=np.float32) for _ in range(min(2, len(sizes)))]
+        for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+            tensors = [parameters[spec.name] for spec in piece]
+            into = buffers[number % 2][:size]
+            with deepspeed.zero.GatheredParameters(tensors, enabled=self.zero == 3):
+                if self.rank == 0:
+                    copy_flat(tensors, into)
+            yield into
+
     def save(self, directory: Path) -> None:
         """Optimiser and weights of every rank; all ranks must call it."""
         self.engine.save_checkpoint(str(directory), tag="state")
@@ -280,30 +350,48 @@ class Trainer:
             raise FileNotFoundError(f"no DeepSpeed state in {directory}")
 
 
-class _Rows:
-    """Some sequences of a batch, right-padded: every tensor is [b, t].
+def parameter_groups(policy: Any, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """All parameters, the last normalisation's apart where `final_norm_scale` is given."""
+    if optimizer.final_norm_scale is None:
+        return [{"params": list(policy.parameters())}]
+    last = policy.model.norm.weight
+    others = [p for p in policy.parameters() if p is not last]
+    return [{"params": others}, {"params": [last], "scale": optimizer.final_norm_scale, "eps": 1e-8}]
 
-    No attention mask is needed: attention is causal, and no token comes after its sequence's padding.
+
+class _Rows:
+    """Some sequences of a batch, right-padded, and what is known of them: every tensor is [b, t], `trees` [b].
+
+    No attention mask is needed: attention is causal, and no token comes after its sequence's padding. A rank with
+    nothing left holds one row of padding: it still takes part in every reduction.
+
+    Attributes:
+        reference, proximal, importance: None until known, or where the step does without.
     """
 
     def __init__(self, batch: TrainBatch, indices: Sequence[int]) -> None:
-        if not indices:  # a rank with nothing left still takes part in every reduction
-            self.tokens = torch.zeros((1, 2), dtype=torch.int64)
-            self.weights = self.advantages = self.behaviour_logprobs = torch.zeros((1, 2))
-            return
-        spans = [(int(batch.offsets[i]), int(batch.offsets[i + 1])) for i in indices]
-        width = max(end - start for start, end in spans)
+        self.spans = [(int(batch.offsets[i]), int(batch.offsets[i + 1])) for i in indices] or [(0, 0)]
+        width = max(2, *(end - start for start, end in self.spans))
 
         def stack(column: np.ndarray[Any, Any]) -> torch.Tensor:
-            out = np.zeros((len(spans), width), dtype=column.dtype)
-            for row, (start, end) in enumerate(spans):
+            out = np.zeros((len(self.spans), width), dtype=column.dtype)
+            for row, (start, end) in enumerate(self.spans):
                 out[row, : end - start] = column[start:end]
             return torch.from_numpy(out)
 
+        self.trees = batch.trees[list(indices) or [0]]
         self.tokens = stack(batch.tokens)
         self.weights = stack(batch.loss_weights)
         self.advantages = stack(batch.advantages)
         self.behaviour_logprobs = stack(batch.behaviour_logprobs)
+        self.reference: torch.Tensor | None = None
+        self.proximal: torch.Tensor | None = None
+        self.importance: ImportanceWeights | None = None
+
+    def delta(self) -> torch.Tensor:
+        """Proximal less behaviour logprob where a token carries loss, else 0."""
+        assert self.proximal is not None, "no forward pass yet"
+        return log_ratio(self.proximal, self.behaviour_logprobs, self.weights != 0)
 
 
 def init_process_group(rank: int, world: int, address: str, port: int) -> None:

@@ -5,6 +5,7 @@ Names of evaluations carry their mode in place of `{mode}`: `greedy`, or `t1.0` 
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -33,8 +34,20 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/clip_fraction", "fraction", "trained tokens whose ratio was clipped with effect, last inner step"),
     Metric("train/tokens", "tokens", "trained tokens of the step"),
     Metric("train/tokens_per_s", "tokens/s", "trained tokens times inner steps per second of learning"),
-    Metric("train/delta_logprob_mean", "nats", "mean |logprob learner - logprob engine| at the same weights"),
+    Metric(
+        "train/delta_logprob_mean", "nats", "mean |Δ|, Δ = logprob learner - logprob engine at the first inner step"
+    ),
     Metric("train/delta_logprob_max", "nats", "largest of the same"),
+    Metric("train/mismatch/ratio_outside", "fraction", "trained tokens whose ratio exp Δ is outside [1/2, 2]"),
+    Metric("train/mismatch/ratio_p999", "1", "99.9th percentile of that ratio"),
+    Metric("train/mismatch/tree_max", "nats", "largest |Σ Δ| over a tree's trained tokens"),
+    Metric("train/mismatch/cut", "fraction", "trained tokens whose importance weight was truncated or masked"),
+    Metric(
+        "train/mismatch/age_{age}/tokens",
+        "fraction",
+        "trained tokens drawn under weights so many versions old; only where some were not the learner's own",
+    ),
+    Metric("train/mismatch/age_{age}/delta_logprob_mean", "nats", "mean |Δ| over those"),
     Metric("rollout/reward", "1", "mean reward of the step's trees"),
     Metric("rollout/zero_variance_groups", "fraction", "groups whose trees all had the same reward"),
     Metric("rollout/staleness", "versions", "mean age of the weights that trees were drawn under"),
@@ -50,7 +63,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens per second, over all workers"),
     Metric("rollout/cached_tokens", "fraction", "prompt tokens that needed no prefill"),
     Metric("rollout/restarts", "workers", "rollout workers that died and were replaced, since the driver started"),
-    Metric("time/rollout_s", "s", "seconds of the step spent sampling trees"),
+    Metric("time/rollout_s", "s", "seconds that sampling the step's trees took, beside learning where they overlap"),
+    Metric("time/wait_s", "s", "seconds of the step spent waiting for its trees"),
     Metric("time/reward_s", "s", "seconds of the step spent on rewards"),
     Metric("time/learn_s", "s", "seconds of the step spent learning"),
     Metric("time/sync_s", "s", "seconds of the step spent sending weights and checking engines"),
@@ -70,9 +84,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/{mode}/failure/{reason}", "percent", "trees that failed for this reason"),
 )
 
+HOLES = {r"\{mode\}": "[a-z0-9.]+", r"\{reason\}": "[a-z_]+", r"\{age\}": "[0-9]+"}
+"""What stands in a name's place holders, as patterns."""
+
 _PATTERN = re.compile(
     "|".join(
-        "^" + re.escape(m.name).replace(r"\{mode\}", r"[a-z0-9.]+").replace(r"\{reason\}", "[a-z_]+") + "$"
+        "^" + functools.reduce(lambda text, hole: text.replace(*hole), HOLES.items(), re.escape(m.name)) + "$"
         for m in METRICS
     )
 )

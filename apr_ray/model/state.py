@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from apr_ray.core.errors import WeightsRejected
-from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
+from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of
 
 
 def pack_weights(parameters: Iterable[tuple[str, torch.Tensor]], version: WeightVersion) -> WeightUpdate:
@@ -20,19 +20,22 @@ def pack_weights(parameters: Iterable[tuple[str, torch.Tensor]], version: Weight
     """
     named = list(parameters)
     flat = np.empty(sum(t.numel() for _, t in named), dtype=np.float32)
-    into = torch.from_numpy(flat)
-    specs = []
-    offset = 0
-    for name, tensor in named:
+    copy_flat((tensor for _, tensor in named), flat)
+    layout = layout_of((name, tuple(tensor.shape)) for name, tensor in named)
+    return WeightUpdate(version, layout, flat, checksum(flat))
+
+
+def copy_flat(tensors: Iterable[torch.Tensor], flat: np.ndarray[Any, Any]) -> None:
+    """Tensors one after the other into a flat float32 array that holds just as many numbers."""
+    into, offset = torch.from_numpy(flat), 0
+    for tensor in tensors:
         into[offset : offset + tensor.numel()].copy_(tensor.detach().reshape(-1))
-        specs.append(TensorSpec(name, tuple(tensor.shape), offset))
         offset += tensor.numel()
-    return WeightUpdate(version, tuple(specs), flat, checksum(flat))
 
 
-def checksum(flat: np.ndarray[Any, Any]) -> int:
-    """CRC-32 of a buffer's bytes."""
-    return zlib.crc32(np.ascontiguousarray(flat).view(np.uint8).data)
+def checksum(flat: np.ndarray[Any, Any], before: int = 0) -> int:
+    """CRC-32 of a buffer's bytes; `before` is the checksum of what precedes it."""
+    return zlib.crc32(np.ascontiguousarray(flat).view(np.uint8).data, before)
 
 
 def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], current: WeightVersion) -> None:
@@ -65,7 +68,7 @@ def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], 
     for spec in update.specs:
         if spec.offset != end:
             refuse(f"{spec.name} begins at {spec.offset}, expected {end}")
-        end += int(np.prod(spec.shape, dtype=np.int64))
+        end += spec.size
     if end != update.flat.size:
         refuse(f"the buffer holds {update.flat.size} numbers, its parameters {end}")
     if checksum(update.flat) != update.checksum:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
 Z_SCORE_EPS = 1e-6
+AdvantageKind = Literal["group", "success"]
 
 
 def group_advantages(rewards: Sequence[float]) -> list[float]:
@@ -20,3 +22,19 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
     if np.ptp(values) == 0:
         return [0.0] * len(values)
     return [float(v) for v in (values - values.mean()) / (values.std() + Z_SCORE_EPS)]
+
+
+def success_advantages(rewards: Sequence[float]) -> list[float]:
+    """The rewards themselves. With rewards of 0 and 1 and one inner step, the gradient is that of supervised training
+    on the solved trees alone (rejection sampling): a control for what comparing within a group adds."""
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"rewards of a group must be finite and at least one: {list(rewards)}")
+    return [float(v) for v in values]
+
+
+ADVANTAGES: dict[AdvantageKind, Callable[[Sequence[float]], list[float]]] = {
+    "group": group_advantages,
+    "success": success_advantages,
+}
+"""By `grpo.advantage`."""

@@ -2,7 +2,7 @@
 
 Invariants (tested by properties):
 - the weights of a GRPO batch give each tree the same mass 1/trees, each trained call of a tree an equal share of it,
-  and each trained token of a call an equal share of that (paper section 3.3);
+  and each trained token of a call an equal share of that (paper section 3.3), unless another `loss_mean` is asked for;
 - a batch's dispositions add up to the tokens sampled in its trees;
 - the micro-batches of a plan hold every sequence of the batch exactly once, and every rank gets as many of them.
 """
@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
-from apr_ray.core.ledger import Call, Disposition, Group
-from apr_ray.rl.advantages import group_advantages
+from apr_ray.core.ledger import Call, Disposition, Group, ThreadTree
+from apr_ray.rl.advantages import ADVANTAGES, AdvantageKind
+
+LossMean = Literal["call", "tree", "token"]
+"""What a GRPO loss is a mean of; see `config.GrpoConfig.loss_mean`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,43 +33,67 @@ class GrpoBatch:
     zero_variance_groups: int
 
 
-def grpo_batch(groups: Sequence[Group], *, skip_zero_advantage: bool, stale: Sequence[Group] = ()) -> GrpoBatch:
+def grpo_batch(
+    groups: Sequence[Group],
+    *,
+    skip_zero_advantage: bool,
+    stale: Sequence[Group] = (),
+    advantage_kind: AdvantageKind = "group",
+    loss_mean: LossMean = "call",
+) -> GrpoBatch:
     """Trees with rewards as one batch; the same advantage for every call of a tree.
 
     Args:
         groups: every tree must have its reward.
         skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
-            is 0 then. Their tokens are counted, and their trees stay in the denominator.
+            is 0 then. Their tokens are counted, and they stay in the denominators.
         stale: groups that are not used because they are too old; their tokens are counted.
+        advantage_kind: see `rl.advantages.ADVANTAGES`.
     """
-    total_trees = sum(len(group.trees) for group in groups)
-    sequences: list[TrainSequence] = []
     dispositions: Counter[Disposition] = Counter()
     for group in stale:
         dispositions[Disposition.STALE] += sum(tree.total_tokens for tree in group.trees)
+    rated: list[tuple[ThreadTree, float]] = []
     zero_variance = 0
     for group in groups:
         rewards = [tree.reward for tree in group.trees]
         if any(reward is None for reward in rewards):
             raise ValueError(f"group {group.problem_key} has a tree without a reward")
-        advantages = group_advantages([float(r) for r in rewards if r is not None])
+        advantages = ADVANTAGES[advantage_kind]([float(r) for r in rewards if r is not None])
         zero_variance += not any(advantages)
-        for tree, advantage in zip(group.trees, advantages, strict=True):
-            counts = tree.dispositions()
-            if skip_zero_advantage and advantage == 0.0:
-                dispositions[Disposition.ZERO_ADVANTAGE] += counts.pop(Disposition.TRAINED, 0)
-                dispositions.update(counts)
-                continue
+        rated += zip(group.trees, advantages, strict=True)
+    calls_of = [_trained_calls(tree) for tree, _ in rated]
+    divisors_of = denominators([[len(positions) for _, positions in calls] for calls in calls_of], loss_mean)
+    sequences: list[TrainSequence] = []
+    for number, (tree, advantage) in enumerate(rated):
+        counts = tree.dispositions()
+        if skip_zero_advantage and advantage == 0.0:
+            dispositions[Disposition.ZERO_ADVANTAGE] += counts.pop(Disposition.TRAINED, 0)
             dispositions.update(counts)
-            trained = [(call, list(call.trained_positions())) for call in tree.calls]
-            trained = [(call, positions) for call, positions in trained if positions]
-            for call, positions in trained:
-                weight = 1.0 / (len(positions) * len(trained) * total_trees)
-                sequences.append(_call_sequence(call, positions, weight, advantage))
+            continue
+        dispositions.update(counts)
+        for (call, positions), divisor in zip(calls_of[number], divisors_of[number], strict=True):
+            sequences.append(_call_sequence(call, positions, 1.0 / divisor, advantage, number))
     return GrpoBatch(lay_out(sequences), dispositions, zero_variance)
 
 
-def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantage: float) -> TrainSequence:
+def denominators(tokens: Sequence[Sequence[int]], loss_mean: LossMean) -> list[list[int]]:
+    """What the loss of each token of a call is divided by, where call c of tree t has `tokens[t][c]` > 0 of them."""
+    if loss_mean == "call":
+        return [[n * len(calls) * len(tokens) for n in calls] for calls in tokens]
+    if loss_mean == "tree":
+        return [[sum(calls) * len(tokens)] * len(calls) for calls in tokens]
+    total = sum(map(sum, tokens))
+    return [[total] * len(calls) for calls in tokens]
+
+
+def _trained_calls(tree: ThreadTree) -> list[tuple[Call, list[int]]]:
+    """The calls that carry loss, and where."""
+    calls = [(call, list(call.trained_positions())) for call in tree.calls]
+    return [(call, positions) for call, positions in calls if positions]
+
+
+def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantage: float, tree: int) -> TrainSequence:
     """One call: prompt and forced tokens have weight 0."""
     start = len(call.prompt_ids)
     size = start + len(call.sampled_ids)
@@ -74,8 +101,12 @@ def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantag
     weights[start + np.asarray(positions)] = weight
     logprobs = np.zeros(size, dtype=np.float32)
     logprobs[start:] = call.logprobs
+    versions = np.zeros(size, dtype=np.int32)
+    for span in call.versions:
+        versions[start + span.start : start + span.end] = span.version.counter
     advantages: Any = np.full(size, advantage, dtype=np.float32)
-    return TrainSequence((*call.prompt_ids, *call.sampled_ids), weights, advantages, logprobs)  # type: ignore[arg-type]
+    ids = (*call.prompt_ids, *call.sampled_ids)
+    return TrainSequence(ids, weights, advantages, logprobs, versions, tree)  # type: ignore[arg-type]
 
 
 def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]]) -> TrainBatch:

@@ -18,8 +18,7 @@ class PolicyLoss:
         loss: scalar; policy loss plus KL term.
         kl: weighted k3 estimate of KL(policy || reference); 0 where there is no reference.
         entropy: weighted.
-        clipped, tokens: trained tokens, and those of them whose ratio was clipped with effect.
-        delta_sum, delta_max: of |logprob - behaviour logprob| over trained tokens.
+        clipped, tokens: trained tokens whose ratio was clipped with effect, and all trained tokens.
     """
 
     loss: torch.Tensor
@@ -27,8 +26,6 @@ class PolicyLoss:
     entropy: float
     clipped: int
     tokens: int
-    delta_sum: float
-    delta_max: float
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -63,6 +60,11 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return torch.expm1(delta) - delta
 
 
+def log_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """Log of the probability ratio per token: [b, t]; 0 where a token carries no loss."""
+    return torch.where(trained, logprobs - old_logprobs, 0.0)
+
+
 def grpo_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -73,32 +75,32 @@ def grpo_loss(
     clip: float,
     kl_coefficient: float,
     reference_logprobs: torch.Tensor | None = None,
+    importance_weights: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """PPO's clipped objective with GRPO advantages and a k3 penalty (paper section 3.3); every tensor is [b, t].
 
     Args:
-        old_logprobs: those of the engine that drew the tokens (the behaviour policy).
+        old_logprobs: the ratio's denominator: those of the behaviour or of the proximal policy (see `rl.mismatch`).
         weights: 0 where a token carries no loss.
+        importance_weights: [b, t] or [b, 1]; they multiply the clipped objective, not the penalty.
     """
     trained = weights != 0
-    delta = torch.where(trained, logprobs - old_logprobs, 0.0)
-    ratio = delta.exp()
+    ratio = log_ratio(logprobs, old_logprobs, trained).exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     per_token = -torch.minimum(unclipped, clipped)
+    if importance_weights is not None:
+        per_token = importance_weights * per_token
     kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
         kl = torch.where(trained, k3(logprobs, reference_logprobs), 0.0)
         per_token = per_token + kl_coefficient * kl
     loss = (weights * per_token).sum()
     with torch.no_grad():
-        size = delta.detach().abs()
         return PolicyLoss(
             loss=loss,
             kl=float((weights * kl).sum()),
             entropy=float((weights * entropy).sum()),
             clipped=int((trained & (clipped < unclipped)).sum()),
             tokens=int(trained.sum()),
-            delta_sum=float(size.sum()),
-            delta_max=float(size.max()),
         )

@@ -9,9 +9,10 @@ seeds come from its request, so a tree whose worker died is run again on another
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import ray
 
 from apr_ray.config import Config
 from apr_ray.core.engine import EngineStats
+from apr_ray.core.errors import SyncFailed
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.parts import DEAD, died, reason
 from apr_ray.rollout.worker import RolloutWorker
@@ -26,6 +28,14 @@ from apr_ray.threads.runtime import TreeRequest
 
 log = logging.getLogger(__name__)
 WAIT_REPORT_S = 60.0
+
+
+def calls_at_once(config: Config) -> int:
+    """Calls that a worker must be able to serve at the same time: its trees, where they are spread the children of
+    others' trees, and room for weight updates and checks."""
+    trees = config.rollout.concurrent_trees
+    children = config.bounds.max_children if config.rollout.fan_out == "spread" else 0
+    return trees * (1 + children) + 8
 
 
 @dataclass(eq=False, slots=True)
@@ -49,11 +59,11 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The actors that are ready, and a counter that grows whenever they change: what was built of them under an epoch
+    """The workers that are ready, and a counter that grows whenever they change: what was built of them under an epoch
     (the group of a collective, say) is whole as long as the pool's epoch is the same."""
 
     epoch: int
-    actors: tuple[Any, ...]
+    workers: tuple[Worker, ...]
 
 
 class RolloutPool:
@@ -64,11 +74,11 @@ class RolloutPool:
         concurrent_trees: trees that each may run at a time.
         hire: starts a worker of the given name; without it nobody is replaced.
         max_restarts: workers that may be replaced in all.
+        spread_children: children decode on all workers' engines, not on their parent's alone.
 
     Attributes:
-        current: makes an object reference to the update that all ready workers run, for those that join later; None as
-            long as they run the checkpoint they started on. `update_weights` sets it; a transport that sends the
-            weights another way must set it too, once they have arrived.
+        current: makes an object reference to a source of the weights that all ready workers run, for those that join
+            later; None as long as they run the checkpoint they started on. `now_run` sets it.
         restarts: workers replaced so far.
 
     Raises:
@@ -81,6 +91,7 @@ class RolloutPool:
         concurrent_trees: int,
         hire: Callable[[str], Any] | None = None,
         max_restarts: int = 0,
+        spread_children: bool = False,
     ) -> None:
         self.members = [Worker(_name(place), actor) for place, actor in enumerate(actors)]
         self.concurrent_trees = concurrent_trees
@@ -89,6 +100,9 @@ class RolloutPool:
         self.current: Callable[[], Any] | None = None
         self.restarts = 0
         self.epoch = 0
+        self.spread_children = spread_children
+        self.changing = threading.RLock()  # rollouts may run in a thread beside a sync (`grpo.overlap`)
+        self._changed()
 
     @classmethod
     def start(cls, config: Config, checkpoint: str) -> RolloutPool:
@@ -99,14 +113,14 @@ class RolloutPool:
         rollout = config.rollout
         options = {
             "num_cpus": rollout.cpus_per_worker,
-            "max_concurrency": rollout.concurrent_trees + 8,  # room for weight updates and checks beside the trees
+            "max_concurrency": calls_at_once(config),
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
         }
 
         def hire(name: str) -> Any:
             return ray.remote(RolloutWorker).options(**options).remote(config, checkpoint, name)
 
-        pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts)
+        pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts, rollout.fan_out == "spread")
         for place in range(rollout.workers):
             pool.members.append(pool._invited(Worker(_name(place), hire(_name(place)))))
         pool._ready()
@@ -120,26 +134,20 @@ class RolloutPool:
     def membership(self) -> Membership:
         """Who is ready now; waits until someone is."""
         ready = self._ready()
-        return Membership(self.epoch, tuple(worker.actor for worker in ready))
+        return Membership(self.epoch, tuple(ready))
 
     # --- work -------------------------------------------------------------------------------------------------------
 
     def run(self, requests: Sequence[TreeRequest]) -> Iterator[tuple[int, ThreadTree]]:
         """Run trees; yields (index of the request, tree) in the order they end."""
-        return self._spread([lambda actor, request=request: actor.run_tree.remote(request) for request in requests])
+        return self._spread([ask("run_tree", request) for request in requests])
 
     def sample_for_check(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
     ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]:
         """(prompt, sampled ids, logprobs); the prompts are dealt out among the workers, the draws depend on neither."""
-        made = dict(
-            self._spread(
-                [
-                    lambda actor, i=i, prompt=prompt: actor.sample_for_check.remote(i, prompt, tokens, temperature)
-                    for i, prompt in enumerate(prompts)
-                ]
-            )
-        )
+        calls = [ask("sample_for_check", i, prompt, tokens, temperature) for i, prompt in enumerate(prompts)]
+        made = dict(self._spread(calls))
         return [(prompt, *made[i]) for i, prompt in enumerate(prompts)]
 
     def _spread(self, calls: Sequence[Callable[[Any], Any]]) -> Iterator[tuple[int, Any]]:
@@ -173,19 +181,31 @@ class RolloutPool:
                 self._replace(worker, error)
         return answers
 
-    def update_weights(self, update: Any) -> None:
-        """Send a version (an object reference) to every worker and wait until all run it; who joins later takes it."""
-        self.everywhere(lambda actor: actor.update_weights.remote(update))
-        self.current = lambda: update
-
     def stats(self) -> list[EngineStats]:
         """Each ready engine's counters."""
-        return self.everywhere(lambda actor: actor.stats.remote())
+        return self.everywhere(ask("stats"))
 
     def stop(self) -> None:
         """End the workers."""
         for worker in self.members:
             ray.kill(worker.actor)
+
+    def now_run(self, workers: Sequence[Worker], current: Callable[[], Any]) -> None:
+        """These workers run new weights, of which `current` makes a source; whoever is not among them takes it."""
+        with self.changing:
+            self.current = current
+            late = [worker for worker in self.members if worker.joining is None and worker not in workers]
+            for worker in late:
+                self._invited(worker)
+            if late:
+                self._changed()
+
+    def replace_dead(self, dead: Mapping[str, Exception]) -> bool:
+        """Replace workers by name; whether there was one to replace."""
+        found = [worker for worker in self.members if worker.name in dead]
+        for worker in found:
+            self._replace(worker, dead[worker.name])
+        return bool(found)
 
     # --- who is there -----------------------------------------------------------------------------------------------
 
@@ -204,22 +224,38 @@ class RolloutPool:
 
     def _admit(self) -> None:
         """Make ready whoever has taken the current weights."""
-        for worker in [w for w in self.members if w.joining is not None and _is_there(w.joining)]:
-            try:
-                worker.log = ray.get(worker.joining)
-            except DEAD as error:
-                self._replace(worker, error)
-                continue
-            if worker.given is self.current:
-                worker.joining = None
-                self.epoch += 1
-            else:  # the weights changed while it took them
-                self._invited(worker)
+        with self.changing:
+            for worker in [w for w in self.members if w.joining is not None and _is_there(w.joining)]:
+                try:
+                    worker.log = ray.get(worker.joining)
+                except DEAD as error:
+                    self._replace(worker, error)
+                    continue
+                except SyncFailed:
+                    if worker.given is self.current:
+                        raise
+                    # what it was given is gone by now
+                if worker.given is self.current:
+                    worker.joining = None
+                    self._changed()
+                else:  # the weights changed while it took them
+                    self._invited(worker)
+
+    def _changed(self) -> None:
+        """Others are ready now than before."""
+        self.epoch += 1
+        if self.spread_children:
+            ready = [worker.actor for worker in self.members if worker.joining is None]
+            for index, actor in enumerate(ready):
+                actor.meet.remote(index, ready)
 
     def _replace(self, worker: Worker, error: Exception) -> None:
         """Hire another in a dead worker's place."""
-        if worker not in self.members:
-            return  # another of its calls has told already
+        with self.changing:
+            if worker in self.members:  # else another of its calls has told already
+                self._hire_for(worker, error)
+
+    def _hire_for(self, worker: Worker, error: Exception) -> None:
         what = f"rollout worker {worker.name}"
         if self.hire is None or self.restarts >= self.max_restarts:
             raise died(f"{what} (rollout.max_restarts is {self.max_restarts})", error, worker.log) from error
@@ -230,7 +266,7 @@ class RolloutPool:
         name = f"{worker.name.partition('.')[0]}.{self.restarts}"
         log.warning("%s died: %s; %s takes its place (log: %s)", what, reason(error), name, worker.log)
         self.members[self.members.index(worker)] = self._invited(Worker(name, self.hire(name)))
-        self.epoch += 1
+        self._changed()
 
     def _wait(self, running: Iterable[Any]) -> list[Any]:
         """The answers that came; waits until one did or a worker joined."""
@@ -247,6 +283,11 @@ class RolloutPool:
         self._admit()
         came: list[Any] = ray.wait(awaited, num_returns=len(awaited), timeout=0)[0] if awaited else []
         return came
+
+
+def ask(method: str, *arguments: Any) -> Callable[[Any], Any]:
+    """A call that can be made on any worker's actor."""
+    return lambda actor: getattr(actor, method).remote(*arguments)
 
 
 def _name(place: int) -> str:

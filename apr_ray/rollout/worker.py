@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
 from apr_ray.config import BoundsConfig, Config
-from apr_ray.core.engine import Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
+from apr_ray.core.engine import Chunk, Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
+from apr_ray.core.errors import ConfigError, SyncFailed
 from apr_ray.core.ledger import ThreadTree
-from apr_ray.core.weights import WeightUpdate
+from apr_ray.core.weights import WeightSource, WeightUpdate
 from apr_ray.engines.registry import build_engine
 from apr_ray.model.llama import require_vocabulary
 from apr_ray.parts import own_log
+from apr_ray.rollout.spread import SpreadEngine
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
 
@@ -23,10 +30,57 @@ def bounds_of(config: BoundsConfig) -> Bounds:
     return Bounds(**config.model_dump())
 
 
+def require_mode(mode: str, engine: str, keeps_kv: bool) -> None:
+    """Raise ConfigError where an engine cannot do what `weights.mode` asks."""
+    if mode == "in_flight" and not keeps_kv:
+        raise ConfigError(
+            f"weights.mode in_flight keeps the KV of what runs, which engine {engine} cannot",
+            "Use weights.mode=pause, which computes it again",
+        )
+
+
 def _exit_with_engine(reason: str) -> None:
     """End this process: an actor that outlives its engine would hold its place and answer nothing."""
     log.critical("the rollout worker ends with its engine: %s", reason)
     os._exit(1)
+
+
+class _Trees:
+    """Counts the trees that run, and holds back new ones while those end."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.changed = asyncio.Condition()
+        self.open = True
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Around one tree: waits until trees may start."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.open)
+            self.running += 1
+        try:
+            yield
+        finally:
+            async with self.changed:
+                self.running -= 1
+                self.changed.notify_all()
+
+    @asynccontextmanager
+    async def halted(self, drain: bool) -> AsyncIterator[None]:
+        """With `drain`: no tree starts or runs inside. Without: nothing."""
+        if not drain:
+            yield
+            return
+        async with self.changed:
+            self.open = False
+            await self.changed.wait_for(lambda: not self.running)
+        try:
+            yield
+        finally:
+            async with self.changed:
+                self.open = True
+                self.changed.notify_all()
 
 
 class RolloutWorker:
@@ -41,27 +95,69 @@ class RolloutWorker:
         tokenizer = task.load_tokenizer(checkpoint)
         require_vocabulary(checkpoint, tokenizer)
         self.protocol = task.protocol(tokenizer)
-        self.engine: Engine = build_engine(config.engine, checkpoint, _exit_with_engine)
+        self.engine = self.new_engine(config, checkpoint)
+        self.mode = config.weights.mode
+        require_mode(self.mode, config.engine.name, self.engine.capabilities.keeps_kv)
+        self.lanes: Engine = self.engine
+        self.received: WeightUpdate | None = None
+        self.held: WeightUpdate | None = None
+        self.trees = _Trees()
         self.bounds = bounds_of(config.bounds)
         self.started = 0
 
-    async def join(self, update: WeightUpdate | None) -> str:
+    def new_engine(self, config: Config, checkpoint: str) -> Engine:
+        """The engine as configured; this process ends with it."""
+        return build_engine(config.engine, checkpoint, _exit_with_engine)
+
+    async def join(self, source: WeightSource | None) -> str:
         """Take the pool's current weights, if they are not the checkpoint's; returns where this worker logs."""
-        if update is not None:
-            await self.update_weights(update)
+        if source is not None:
+            self.held = await asyncio.to_thread(source.fetch)
+            await self.engine.update_weights(self.held)
         return own_log()
 
     async def run_tree(self, request: TreeRequest) -> ThreadTree:
         """Run one tree to its end."""
-        self.started += 1
-        tree_id = f"{self.worker_id}-{self.started:09d}"
-        return await run_tree(
-            self.engine, self.protocol, request, self.bounds, tree_id=tree_id, engine_id=self.worker_id
-        )
+        async with self.trees.one():
+            self.started += 1
+            tree_id = f"{self.worker_id}-{self.started:09d}"
+            return await run_tree(
+                self.lanes, self.protocol, request, self.bounds, tree_id=tree_id, engine_id=self.worker_id
+            )
 
-    async def update_weights(self, update: WeightUpdate) -> None:
-        """Check and apply a version; raises WeightsRejected with nothing applied."""
-        await self.engine.update_weights(update)
+    async def meet(self, index: int, workers: Sequence[Any]) -> None:
+        """Learn who the pool's workers are, and which of them this is: from now on children are spread over all."""
+        self.lanes = SpreadEngine(self.engine, index, workers)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """A request of another worker's tree."""
+        async for chunk in self.engine.generate(request):
+            yield replace(chunk, engine_id=self.worker_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request of another worker's tree."""
+        await self.engine.abort(request_id)
+
+    async def receive_weights(self, source: WeightSource) -> None:
+        """Bring a version into this process while decoding goes on; `apply_weights` puts it to work."""
+        self.received = await asyncio.to_thread(source.fetch)
+
+    async def apply_weights(self) -> None:
+        """Put the version that was received to work, as `weights.mode` says.
+
+        Raises WeightsRejected with nothing applied.
+        """
+        update, self.received = self.received, None
+        if update is None:
+            raise SyncFailed("no weights were received", "Send them before they are applied")
+        async with self.trees.halted(drain=self.mode == "drain"):
+            await self.engine.update_weights(update, keep_kv=self.mode == "in_flight")
+        self.held = update
+
+    async def held_weights(self) -> tuple[WeightUpdate | None, None]:
+        """The update that the engine runs, for a worker that joins late; None before the first. The second value says
+        that this one lives, without the first being fetched."""
+        return self.held, None
 
     async def sample_for_check(
         self, number: int, prompt: tuple[int, ...], tokens: int, temperature: float

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apr_ray.core.engine import (
+    Chunk,
     Engine,
     FinishReason,
     GenerateRequest,
@@ -323,11 +324,12 @@ class _Tree:
             sampling,
             priority=segment + resumption,
             resumes=len(path) < self.deepest,
+            thread=path,
         )
         try:
             async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
-                    recorder.add(chunk.token_ids, chunk.logprobs, chunk.version, chunk.cached_tokens)
+                    recorder.add(chunk)
                     self.tokens += len(chunk.token_ids)
                     if chunk.token_ids:
                         self.emit(TokensSampled(path, segment, chunk.token_ids))
@@ -352,27 +354,28 @@ class _Recorder:
         self.spans: list[VersionSpan] = []
         self.finish = FinishReason.ABORTED
         self.error = ""
+        self.kv_version = WeightVersion(0, 0)
         self.seed = 0
         self.cached: int | None = None
         self.sampled = 0
         self.start_s = time.time()
         self.first_token_s = 0.0
 
-    def add(
-        self, ids: tuple[int, ...], logprobs: tuple[float, ...], version: WeightVersion, cached_tokens: int
-    ) -> None:
+    def add(self, chunk: Chunk) -> None:
         if self.cached is None:
-            self.cached = cached_tokens
-        if not ids:
+            self.cached = chunk.cached_tokens
+        self.engine_id = chunk.engine_id or self.engine_id
+        if not chunk.token_ids:
             return
         self.first_token_s = self.first_token_s or time.time()
         start = len(self.ids)
-        self.sampled += len(ids)
-        self.ids += ids
-        self.logprobs += logprobs
-        if self.spans and self.spans[-1].version == version and self.spans[-1].end == start:
+        self.sampled += len(chunk.token_ids)
+        self.ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        self.kv_version = chunk.kv_version or chunk.version
+        if self.spans and self.spans[-1].version == chunk.version and self.spans[-1].end == start:
             start = self.spans.pop().start
-        self.spans.append(VersionSpan(version, start, len(self.ids)))
+        self.spans.append(VersionSpan(chunk.version, start, len(self.ids)))
 
     def replace_last(self, forced: int) -> None:
         position = len(self.ids) - 1
@@ -393,7 +396,7 @@ class _Recorder:
             replaced=tuple(self.replaced),
             finish=self.finish,
             versions=tuple(self.spans),
-            kv_version=self.spans[-1].version if self.spans else WeightVersion(0, 0),
+            kv_version=self.kv_version,
             seed=self.seed,
             cached_tokens=self.cached or 0,
             start_s=self.start_s,

@@ -19,7 +19,7 @@ from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
 from apr_ray.training.watch import Watch
-from apr_ray.weights.object_store import ObjectStoreTransport
+from apr_ray.weights.registry import build_transport
 
 IN_FLIGHT = 2
 """Steps submitted ahead, so that no rank waits for the driver to build the next batch."""
@@ -117,6 +117,7 @@ class _Judge:
         self.run = run
         self.learners = learners
         self.evaluations = 0
+        self.transport = build_transport(config.weights)
         self.parts: tuple[RolloutPool, RewardClient] | None = None
 
     def of(self, checkpoint: Path) -> tuple[RolloutPool, RewardClient]:
@@ -126,7 +127,7 @@ class _Judge:
             pool = RolloutPool.start(self.config, str(self.run.keep_policy(checkpoint, "judge")))
             self.parts = pool, RewardClient(self.config.task)
         else:
-            ObjectStoreTransport().broadcast(self.learners, self.parts[0], WeightVersion(0, self.evaluations))
+            self.transport.broadcast(self.learners, self.parts[0], WeightVersion(0, self.evaluations))
         return self.parts
 
     def stop(self) -> None:

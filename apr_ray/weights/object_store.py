@@ -1,65 +1,18 @@
-"""Broadcast through Ray's object store: rank 0 packs one flat buffer, every worker reads it where it lies."""
+"""Through Ray's object store: rank 0 packs one flat buffer, every worker reads it where it lies."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-
-import numpy as np
-import ray
-
-from apr_ray.config import WeightsConfig
-from apr_ray.core.errors import MismatchError
-from apr_ray.core.weights import SyncReport, WeightVersion
+from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.rollout.pool import RolloutPool
+from apr_ray.rollout.pool import Membership
+from apr_ray.weights.transport import Sending, Transport, receive
 
-CHECK_TOKENS = 24
 
+class ObjectStoreTransport(Transport):
+    """Elastic: a worker needs nothing but the reference. A whole copy of the weights lies at rank 0 meanwhile, and one
+    per node that has workers."""
 
-class ObjectStoreTransport:
-    """See `core.weights.WeightTransport`. Elastic: a worker needs nothing but the reference."""
-
-    def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
-        """Returns when every engine runs `version`; raises WeightsRejected where one refuses it."""
-        start = time.perf_counter()
+    def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
+        """See `Transport.send`."""
         update = learners.weights(version)
-        ray.wait([update], fetch_local=False)
-        gathered = time.perf_counter()
-        pool.update_weights(update)
-        end = time.perf_counter()
-        return SyncReport(version, end - start, gathered - start, end - gathered, 4 * learners.parameters)
-
-
-def check_engines(
-    learners: LearnerGroup,
-    pool: RolloutPool,
-    prompts: Sequence[tuple[int, ...]],
-    temperature: float,
-    config: WeightsConfig,
-    version: WeightVersion,
-) -> float:
-    """Sample a little on every worker and compare its logprobs with the learner's at the same weights.
-
-    Returns:
-        The mean |Δ logprob| per token.
-
-    Raises:
-        MismatchError: it is above `weights.mismatch_tolerance`: the engines do not run the learners' policy.
-    """
-    made = pool.sample_for_check(prompts, CHECK_TOKENS, temperature)
-    ours = learners.logprobs([(*prompt, *ids) for prompt, ids, _ in made], temperature)
-    deltas = np.concatenate(
-        [
-            np.abs(reference[len(prompt) :] - np.asarray(logprobs))
-            for (prompt, _, logprobs), reference in zip(made, ours, strict=True)
-        ]
-    )
-    mean = float(deltas.mean())
-    if not mean <= config.mismatch_tolerance:
-        raise MismatchError(
-            f"after sync {version} engines and learners differ by {mean:.2e} in logprob per token"
-            f" (max {deltas.max():.2e}), tolerance {config.mismatch_tolerance:.0e}",
-            "The engines do not run the learners' weights; raise weights.mismatch_tolerance only for other precisions",
-        )
-    return mean
+        return Sending(receive(members.workers, update), lambda: update)

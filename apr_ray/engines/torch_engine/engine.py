@@ -8,7 +8,7 @@ Invariants (tested):
   later, because all grow alike. Each cohort attends as far as its own longest row (see `decoder.Span`);
 - a row's KV covers its first `kv_lengths[row]` tokens, under the current weights; what is beyond is prefilled next;
 - rows [max_sequences, slots) keep the KV of ended requests for whoever begins with the same tokens;
-- weights change between steps only. All KV is recomputed after a change, so every token's `kv_version` is its version.
+- weights change between steps only; KV is reused only by requests that began under the weights it was computed with.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Running:
     row: int = -1
     sampled: int = 0
     cached: int = 0
+    kv_version: WeightVersion = FIRST_VERSION
     pending_ids: list[int] = field(default_factory=list)
     pending_logprobs: list[float] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -108,16 +109,19 @@ class TorchEngine:
         self.tokens = np.zeros((slots, self.context_tokens), dtype=np.int64)
         self.lengths = np.zeros(slots, dtype=np.int64)  # tokens a slot holds
         self.kv_lengths = np.zeros(slots, dtype=np.int64)  # of which the KV is computed
+        self.kv_epochs = np.zeros(slots, dtype=np.int64)  # under which weights, counted by updates
+        self.epoch = 0
         self.cohorts = np.zeros(max_sequences, dtype=np.int64)
         self.last_used = np.zeros(slots, dtype=np.int64)
         self.active: list[Running] = []  # active[i] runs in row i
         self.waiting: list[tuple[int, int, Running]] = []
         self.by_id: dict[str, Running] = {}
         self._loop_task: asyncio.Task[None] | None = None
+        self._updating = asyncio.Lock()
         self._clock = 0
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "sampled_tokens", "steps"), 0)
         self.capabilities = Capabilities(
-            seeds=True, deterministic=deterministic, in_flight_update=True, priorities=True
+            seeds=True, deterministic=deterministic, in_flight_update=True, keeps_kv=True, priorities=True
         )
         if deterministic:
             self._require_equal_rows()
@@ -177,15 +181,21 @@ class TorchEngine:
             if request_id.startswith(request_id_prefix):
                 running.abort = True
 
-    async def update_weights(self, update: WeightUpdate) -> None:
-        """Check the whole update, then apply it between two steps; running requests go on under the new weights."""
-        check_update(update, self.expected, self.version)
-        for running in self.active:
-            self._flush(running)  # a chunk never spans two versions
-        self.decoder.load(update.state_dict())
-        self.version = update.version
-        self.kv_lengths[:] = 0
-        self.lengths[self.max_sequences :] = 0
+    async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
+        """See `core.engine.Engine.update_weights`. Decoding goes on during the check, which takes most of the time."""
+        async with self._updating:
+            await asyncio.to_thread(check_update, update, self.expected, self.version)
+            for running in self.active:
+                self._flush(running)  # a chunk never spans two versions
+            self.decoder.load(update.state_dict())
+            self.version = update.version
+            self.epoch += 1
+            if not keep_kv:
+                rows = len(self.active)
+                self.kv_lengths[:rows] = 0
+                self.kv_epochs[:rows] = self.epoch
+                for running in self.active:
+                    running.kv_version = self.version
 
     def stats(self) -> EngineStats:
         """Counters since start."""
@@ -327,6 +337,7 @@ class TorchEngine:
             self.tokens[row, : len(prompt)] = prompt
             self.lengths[row] = len(prompt)
             self.kv_lengths[row] = running.cached
+            running.kv_version = self.version
             self._counts["prompt_tokens"] += len(prompt)
             self._counts["cached_tokens"] += running.cached
 
@@ -344,6 +355,7 @@ class TorchEngine:
         running.row = row
         self.cohorts[row] = cohort
         self.lengths[row] = self.kv_lengths[row] = 0
+        self.kv_epochs[row] = self.epoch
         return row
 
     def _close_row(self, row: int) -> None:
@@ -372,6 +384,7 @@ class TorchEngine:
         same = (held == prompt[:-1]) & (np.arange(len(prompt) - 1) < self.kv_lengths[:, None])
         shared = np.where(same.all(axis=1), same.shape[1], same.argmin(axis=1) if same.shape[1] else 0)
         shared[row : self.max_sequences] = 0  # rows that hold nothing
+        shared[self.kv_epochs != self.epoch] = 0  # of other weights
         source = int(shared.argmax())
         common = int(shared[source])
         if common < MIN_REUSED_TOKENS:
@@ -391,7 +404,8 @@ class TorchEngine:
     def _retire(self, row: int) -> None:
         """Keep a row's KV in the cache slot that was unused for longest."""
         first = self.max_sequences
-        if first < len(self.lengths) and self.kv_lengths[row] >= MIN_REUSED_TOKENS:
+        of_use = self.kv_lengths[row] >= MIN_REUSED_TOKENS and self.kv_epochs[row] == self.epoch
+        if first < len(self.lengths) and of_use:
             slot = first + int(self.last_used[first:].argmin())
             self._copy(row, slot)
             self._clock += 1
@@ -403,6 +417,7 @@ class TorchEngine:
         self.tokens[target, :length] = self.tokens[source, :length]
         self.lengths[target] = length
         self.kv_lengths[target] = self.kv_lengths[source]
+        self.kv_epochs[target] = self.kv_epochs[source]
 
     def _flush(self, running: Running, finish: FinishReason | None = None, error: str = "") -> None:
         if running.pending_ids or finish is not None:
@@ -414,6 +429,7 @@ class TorchEngine:
                     running.cached,
                     finish,
                     error,
+                    None if running.kv_version == self.version else running.kv_version,
                 )
             )
             running.pending_ids.clear()

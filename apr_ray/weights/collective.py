@@ -1,0 +1,254 @@
+"""Through torch.distributed: rank 0 broadcasts piece by piece while it gathers the next, to all workers at once.
+
+    learner rank 0      gather 1 │ gather 2 ∥ broadcast 1 │ gather 3 ∥ broadcast 2 │ …
+    every worker                   receive 1              │ receive 2 ∥ checksum 1 │ …
+
+The group of one sender and all workers stands beside whatever other groups a process is in. Its membership has an
+epoch: when the pool's workers change, the next version is sent over a new group. Each wait in it is bounded by
+`weights.timeout_s`; gloo ends at once when a peer's process dies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+import torch.distributed
+
+from apr_ray.config import WeightsConfig
+from apr_ray.core.errors import PartDied, SyncFailed, WeightsRejected
+from apr_ray.core.weights import SyncReport, TensorSpec, WeightUpdate, WeightVersion, pieces_of
+from apr_ray.learner.group import LearnerGroup
+from apr_ray.model.state import checksum
+from apr_ray.parts import DEAD
+from apr_ray.rollout.pool import Membership, RolloutPool, Worker
+from apr_ray.weights.transport import Sending, Transport, receive
+
+dist: Any = torch.distributed  # its stub names none of the classes used here
+
+
+class CollectiveTransport(Transport):
+    """gloo between CPUs, NCCL between GPUs (`weights.backend`). The learner holds two pieces besides its weights; a
+    worker two buffers of the weights' size in host memory."""
+
+    def __init__(self, config: WeightsConfig) -> None:
+        super().__init__(config)
+        self.epoch = 0
+        self.size = 0
+        self.members: Membership | None = None
+        self.layout: tuple[TensorSpec, ...] = ()
+        self.address = ("", 0)
+
+    def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
+        """See `Transport.send`. A group in which somebody failed is not used again."""
+        if self.members != members or self.opened is not learners:
+            self.epoch += 1
+            self.size = 1 + len(members.workers)
+            self.layout, self.address = self.open_sink(learners, CollectiveSink(self._place(0)))
+            self.members = members
+        calls = self.send_into_sink(learners, version)
+        for rank, worker in enumerate(members.workers, start=1):
+            source = CollectiveSource(self._place(rank), self.layout, self.config.piece_numbers, version)
+            calls |= receive([worker], source)
+        return Sending(calls, lambda: _held_by_one_of(members.workers))
+
+    def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
+        """See `core.weights.WeightTransport.broadcast`."""
+        try:
+            return super().broadcast(learners, pool, version)
+        except BaseException:
+            self.members = None
+            raise
+
+    def _place(self, rank: int) -> Place:
+        return Place(self.address, rank, self.size, self.epoch, self.config.backend, self.config.timeout_s)
+
+
+def _held_by_one_of(workers: Sequence[Worker]) -> Any:
+    """An object reference to the weights that came by the group, from the first of these workers that lives."""
+    for worker in workers:
+        held, done = worker.actor.held_weights.options(num_returns=2).remote()
+        try:
+            ray.get(done)
+        except DEAD:
+            continue
+        return held
+    raise PartDied("no worker is left that holds the current weights", "Go on with --resume RUN")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process's place in a group."""
+
+    address: tuple[str, int]
+    """Where rank 0's store listens; unknown to rank 0 itself."""
+    rank: int
+    size: int
+    epoch: int
+    backend: Literal["gloo", "nccl"]
+    timeout_s: float
+
+
+class Group:
+    """A process's end of the group. Rank 0's store must have been opened before others enter."""
+
+    def __init__(self, place: Place, store: Any) -> None:
+        self.place = place
+        timeout = timedelta(seconds=place.timeout_s)
+        prefixed = dist.PrefixStore(f"weights-{place.epoch}", store)
+        prefixed.set(f"here-{place.rank}", "1")
+        try:
+            prefixed.wait([f"here-{rank}" for rank in range(place.size)], timeout)
+        except (dist.DistStoreError, RuntimeError) as error:
+            absent = [rank for rank in range(place.size) if not prefixed.check([f"here-{rank}"])]
+            raise SyncFailed(
+                f"ranks {absent} of {place.size} did not enter group {place.epoch} within {place.timeout_s:.0f} s"
+                " (rank 0 is the learner, the others are the workers in their order)",
+                "See whether they live",
+            ) from error
+        # The classes themselves, since `init_process_group` knows one default group per process, and learners have one.
+        if place.backend == "gloo":
+            self.device = torch.device("cpu")
+            self.group: Any = dist.ProcessGroupGloo(prefixed, place.rank, place.size, timeout)
+        else:
+            self.device = torch.device("cuda")
+            self.group = dist.ProcessGroupNCCL(prefixed, place.rank, place.size, dist.ProcessGroupNCCL.Options())
+        self.store = store
+
+    def broadcast(self, tensor: torch.Tensor) -> Any:
+        """Start a broadcast from rank 0; wait with `finish`."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = timedelta(seconds=self.place.timeout_s)
+        return self.group.broadcast([tensor], options)
+
+    def finish(self, work: Any) -> None:
+        """Raises SyncFailed where the broadcast failed or took too long."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            who = "a worker" if self.place.rank == 0 else "the learner or another worker"
+            raise SyncFailed(
+                f"rank {self.place.rank} lost {who} in a weight broadcast: {str(error).splitlines()[0]}",
+                "See whether they live; weights.timeout_s bounds the wait",
+            ) from error
+
+
+@dataclass
+class CollectiveSink:
+    """Rank 0's end. See `core.weights.WeightSink`."""
+
+    place: Place
+    store: Any = field(default=None, repr=False)
+    group: Any = field(default=None, repr=False)
+
+    def open(self) -> tuple[str, int]:
+        """Listen on a free port; returns where. The group forms when the first version is sent."""
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        timeout = timedelta(seconds=self.place.timeout_s)
+        self.store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        return address, self.store.port
+
+    def take(
+        self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
+    ) -> None:
+        """Broadcast each piece while the next is gathered, then the checksums up to the end of each."""
+        if self.group is None:
+            self.group = Group(self.place, self.store)
+        group, crcs, work = self.group, [0], None
+        for piece in pieces:
+            if work is not None:
+                group.finish(work)
+            work = group.broadcast(torch.from_numpy(piece).to(group.device))
+            crcs.append(checksum(piece, crcs[-1]))
+        if work is not None:
+            group.finish(work)
+        group.finish(group.broadcast(torch.tensor(crcs, device=group.device)))
+
+    def close(self) -> None:
+        """Leave the group."""
+        self.group = self.store = None
+
+
+@dataclass(frozen=True)
+class CollectiveSource:
+    """A worker's end. See `core.weights.WeightSource`."""
+
+    place: Place
+    layout: tuple[TensorSpec, ...]
+    piece_numbers: int
+    version: WeightVersion
+
+    def fetch(self) -> WeightUpdate:
+        """Receive all pieces, checking each while the next comes.
+
+        Raises:
+            SyncFailed: the sender or another worker was lost.
+            WeightsRejected: a piece's checksum is wrong; it is named.
+        """
+        receiver = _receiver(self.place)
+        group, flat = receiver.group, receiver.next_buffer(sum(spec.size for spec in self.layout))
+        pieces = pieces_of(self.layout, self.piece_numbers)
+        views, works = [], []
+        for piece in pieces:
+            start, end = piece[0].offset, piece[-1].offset + piece[-1].size
+            views.append(flat[start:end])
+            landing = (
+                torch.from_numpy(views[-1])
+                if group.place.backend == "gloo"
+                else torch.empty(end - start, device=group.device)
+            )
+            works.append((group.broadcast(landing), landing))
+        crcs = [0]
+        for view, (work, landing) in zip(views, works, strict=True):
+            group.finish(work)
+            if group.place.backend != "gloo":
+                view[:] = landing.cpu().numpy()
+            crcs.append(checksum(view, crcs[-1]))
+        sent = torch.zeros(len(crcs), dtype=torch.int64, device=group.device)
+        group.finish(group.broadcast(sent))
+        for number, (ours, theirs) in enumerate(zip(crcs, sent.tolist(), strict=True)):
+            if ours != theirs:
+                names = [spec.name for spec in pieces[number - 1]]
+                raise WeightsRejected(
+                    f"weights {self.version} refused: the checksum of {names[0]} … {names[-1]} is wrong",
+                    "Nothing was applied; send a full update",
+                )
+        return WeightUpdate(self.version, self.layout, flat, crcs[-1])
+
+
+class _Receiver:
+    """What a worker keeps from version to version: its end of the group, and two buffers by turns (the other one holds
+    the version that runs, for whoever joins late)."""
+
+    def __init__(self, place: Place) -> None:
+        host, port = place.address
+        timeout = timedelta(seconds=place.timeout_s)
+        self.group = Group(place, dist.TCPStore(host, port, is_master=False, timeout=timeout))
+        self.buffers: list[np.ndarray[Any, Any]] = []
+
+    def next_buffer(self, size: int) -> np.ndarray[Any, Any]:
+        if len(self.buffers) < 2:
+            self.buffers.append(np.empty(size, dtype=np.float32))
+        else:
+            self.buffers.reverse()
+        return self.buffers[-1]
+
+
+_receivers: dict[Place, _Receiver] = {}
+_entering = threading.Lock()
+
+
+def _receiver(place: Place) -> _Receiver:
+    """This process's end of a group; one of an older epoch is let go."""
+    with _entering:
+        if place not in _receivers:
+            _receivers.clear()
+            _receivers[place] = _Receiver(place)
+        return _receivers[place]

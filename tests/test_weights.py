@@ -1,0 +1,367 @@
+"""Weight transports: every one brings the same bytes, a broken one is refused, a lost part is named in bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apr_ray.config import Config, LearnerConfig, OptimizerConfig, WeightsConfig, load_config
+from apr_ray.core.engine import FinishReason
+from apr_ray.core.errors import ConfigError, PartDied, SyncFailed, WeightsRejected
+from apr_ray.core.ledger import ThreadTree
+from apr_ray.core.weights import WeightVersion, layout_of, pieces_of
+from apr_ray.learner.group import LearnerGroup
+from apr_ray.model.llama import load_policy
+from apr_ray.model.state import checksum, pack_weights, trainable_parameters
+from apr_ray.rollout.pool import RolloutPool
+from apr_ray.rollout.worker import _Trees
+from apr_ray.tasks.countdown.task import CountdownTask
+from apr_ray.threads.runtime import TreeRequest
+from apr_ray.weights.check import check_engines
+from apr_ray.weights.collective import CollectiveSink, CollectiveSource, Group, Place
+from apr_ray.weights.disk import FileSink, FileSource
+from apr_ray.weights.registry import build_transport
+from apr_ray.weights.transport import receive
+
+TRANSPORTS = ("object_store", "collective", "shared_memory", "disk")
+FIRST = WeightVersion(0, 1)
+
+
+def weights_config(name: str, folder: Path, **options: Any) -> WeightsConfig:
+    given_options = {"transport": name, "folder": str(folder), "piece_numbers": 3000, "timeout_s": 20.0}
+    return WeightsConfig(**(given_options | options))
+
+
+@pytest.fixture(scope="module")
+def learners(ray_local: None, small_config: Config, checkpoint: Path) -> Iterator[LearnerGroup]:
+    """Two ranks that share all parameters: the hardest case to send."""
+    learner = LearnerConfig(ranks=2, zero_stage=3, zero3_whole_parameters=100)
+    config = small_config.model_copy(update={"learner": learner})
+    group = LearnerGroup.start(config, OptimizerConfig(learning_rate=1e-3), str(checkpoint))
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="module")
+def pool(ray_local: None, small_config: Config, checkpoint: Path) -> Iterator[RolloutPool]:
+    started = RolloutPool.start(small_config, str(checkpoint))
+    wait_until_ready(started, 2)
+    yield started
+    started.stop()
+
+
+def engine_weights(pool: RolloutPool) -> list[tuple[str, int]]:
+    """The version that each worker's engine runs, and a checksum of all that its decoder holds."""
+
+    def read(worker: Any) -> tuple[str, int]:
+        tensors = [t for _, t in sorted(vars(worker.engine.decoder).items()) if hasattr(t, "numpy")]
+        crc = 0
+        for tensor in tensors:
+            if tensor.numel() and tensor.dim() < 4:  # not the KV
+                crc = checksum(tensor.numpy(), crc)
+        return str(worker.engine.version), crc
+
+    return list(ray.get([worker.__ray_call__.remote(read) for worker in pool.workers]))
+
+
+def test_every_transport_brings_the_same_weights(
+    learners: LearnerGroup, pool: RolloutPool, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Two versions by each, to two workers, from learners at ZeRO stage 3; checked by logprobs after each."""
+    version, held = WeightVersion(0, 0), set()
+    for name in TRANSPORTS:
+        config = weights_config(name, tmp_path)
+        transport = build_transport(config)
+        for _ in range(2):
+            version = version.next()
+            report = transport.broadcast(learners, pool, version)
+            assert report.version == version
+            assert report.weight_bytes == 4 * learners.parameters
+            assert check_engines(learners, pool, [(5, 6, 7), (8, 9)], 1.0, config, version) < 1e-5
+            now = engine_weights(pool)
+            assert {v for v, _ in now} == {str(version)}
+            held |= {crc for _, crc in now}
+        transport.close()
+    assert len(held) == 1, "the learners' weights did not change, what the engines hold did"
+
+
+def test_a_stale_version_is_refused_by_its_name(learners: LearnerGroup, pool: RolloutPool, tmp_path: Path) -> None:
+    transport = build_transport(weights_config("shared_memory", tmp_path))
+    with pytest.raises(WeightsRejected, match=r"weights 0\.0 refused: the engine already runs"):
+        transport.broadcast(learners, pool, WeightVersion(0, 0))
+    transport.close()
+
+
+# --- lost parts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_workers(ray_local: None, small_config: Config, checkpoint: Path) -> Iterator[RolloutPool]:
+    """A pool that may replace one worker."""
+    rollout = small_config.rollout.model_copy(update={"max_restarts": 1})
+    started = RolloutPool.start(small_config.model_copy(update={"rollout": rollout}), str(checkpoint))
+    wait_until_ready(started, 2)
+    yield started
+    started.stop()
+
+
+def wait_until_ready(pool: RolloutPool, workers: int) -> None:
+    end = time.monotonic() + 120
+    while len(pool.membership().workers) < workers:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def pid_of(actor: Any) -> int:
+    found: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    return found
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_a_worker_that_dies_is_replaced_and_its_successor_gets_the_version(
+    name: str, learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
+) -> None:
+    """The sync goes on with those that are left; who joins late takes the current version before anything else."""
+    transport = build_transport(weights_config(name, tmp_path, timeout_s=6.0))
+    transport.broadcast(learners, two_workers, FIRST)
+    os.kill(pid_of(two_workers.workers[1]), signal.SIGKILL)
+    transport.broadcast(learners, two_workers, FIRST.next())
+    wait_until_ready(two_workers, 2)
+    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST.next())] * 2
+    assert two_workers.restarts == 1
+    transport.broadcast(learners, two_workers, FIRST.next().next())
+    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST.next().next())] * 2
+    transport.close()
+
+
+def test_without_a_successor_the_sync_fails_and_the_others_keep_their_version(
+    learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
+) -> None:
+    """No engine applies a version that has not reached everyone. The learners can send again at once."""
+    two_workers.max_restarts = 0
+    transport = build_transport(weights_config("collective", tmp_path, timeout_s=6.0))
+    transport.broadcast(learners, two_workers, FIRST)
+    os.kill(pid_of(two_workers.workers[1]), signal.SIGKILL)
+    with pytest.raises(PartDied, match="rollout worker worker-01"):
+        transport.broadcast(learners, two_workers, FIRST.next())
+    left = RolloutPool(two_workers.workers[:1], 4)
+    assert [v for v, _ in engine_weights(left)] == [str(FIRST)]
+    transport.broadcast(learners, left, FIRST.next())
+    assert [v for v, _ in engine_weights(left)] == [str(FIRST.next())]
+    transport.close()
+
+
+def test_a_worker_that_hangs_is_named_in_bounded_time(
+    learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
+) -> None:
+    transport = build_transport(weights_config("collective", tmp_path, timeout_s=4.0))
+    transport.broadcast(learners, two_workers, FIRST)
+    hung = pid_of(two_workers.workers[0])
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        with pytest.raises(SyncFailed, match="worker-00 did not answer within"):
+            transport.broadcast(learners, two_workers, FIRST.next())
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    transport.close()
+
+
+def test_a_learner_rank_that_dies_does_not_hang_the_workers(
+    small_config: Config, two_workers: RolloutPool, checkpoint: Path, tmp_path: Path
+) -> None:
+    group = LearnerGroup.start(small_config, OptimizerConfig(learning_rate=1e-3), str(checkpoint))
+    transport = build_transport(weights_config("collective", tmp_path, timeout_s=5.0))
+    transport.broadcast(group, two_workers, FIRST)
+    os.kill(pid_of(group.actors[0]), signal.SIGKILL)
+    with pytest.raises(SyncFailed, match="learner-0 died"):
+        transport.broadcast(group, two_workers, FIRST.next())
+    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST)] * 2
+    group.stop()
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+LAYOUT = layout_of([("a", (3, 4)), ("b", (5,)), ("c", (2, 2, 2)), ("d", (1,))])
+NUMBERS = sum(spec.size for spec in LAYOUT)
+
+
+def pieces(flat: np.ndarray[Any, Any], numbers: int) -> Iterator[np.ndarray[Any, Any]]:
+    for piece in pieces_of(LAYOUT, numbers):
+        yield flat[piece[0].offset : piece[-1].offset + piece[-1].size]
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=12),
+    numbers=st.integers(1, 60),
+)
+def test_pieces_are_all_of_the_layout_in_order(shapes: list[tuple[int, ...]], numbers: int) -> None:
+    layout = layout_of((f"p{i}", shape) for i, shape in enumerate(shapes))
+    made = pieces_of(layout, numbers)
+    assert [spec for piece in made for spec in piece] == list(layout)
+    assert all(len(piece) == 1 or sum(spec.size for spec in piece) <= numbers for piece in made)
+    end = 0
+    for spec in layout:
+        assert spec.offset == end
+        end += spec.size
+
+
+@settings(max_examples=5, deadline=None)
+@given(numbers=st.integers(1, 30))
+def test_a_collective_of_any_piece_size_brings_all_numbers(numbers: int) -> None:
+    flat = np.random.default_rng(numbers).normal(size=NUMBERS).astype(np.float32)
+    sink = CollectiveSink(Place(("", 0), 0, 2, 1, "gloo", 10.0))
+    address = sink.open()
+    source = CollectiveSource(Place(address, 1, 2, 1, "gloo", 10.0), LAYOUT, numbers, FIRST)
+    with ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(sink.take, LAYOUT, pieces(flat, numbers), FIRST)
+        update = source.fetch()
+        sending.result()
+    np.testing.assert_array_equal(update.flat, flat)
+    assert update.checksum == checksum(flat)
+    assert update.specs == LAYOUT
+    sink.close()
+
+
+def test_a_wrong_checksum_names_the_piece() -> None:
+    sink = CollectiveSink(Place(("", 0), 0, 2, 1, "gloo", 10.0))
+    address = sink.open()
+    source = CollectiveSource(Place(address, 1, 2, 1, "gloo", 10.0), LAYOUT, 12, FIRST)
+
+    def send_badly() -> None:
+        group, crcs = Group(sink.place, sink.store), [0]
+        for piece in pieces(np.ones(NUMBERS, dtype=np.float32), 12):
+            group.finish(group.broadcast(torch.from_numpy(piece)))
+            crcs.append(checksum(piece, crcs[-1]))
+        crcs[2] += 1
+        group.finish(group.broadcast(torch.tensor(crcs)))
+
+    with ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(send_badly)
+        with pytest.raises(WeightsRejected, match=r"weights 0\.1 refused: the checksum of b … b is wrong"):
+            source.fetch()
+        sending.result()
+
+
+def test_who_does_not_enter_a_group_is_named() -> None:
+    sink = CollectiveSink(Place(("", 0), 0, 3, 1, "gloo", 1.0))
+    sink.open()
+    with pytest.raises(SyncFailed, match=r"ranks \[1, 2\] of 3 did not enter group 1 within 1 s"):
+        sink.take(LAYOUT, iter(()), FIRST)
+
+
+def test_a_file_is_complete_when_it_has_its_name_and_old_ones_go(tmp_path: Path) -> None:
+    sink = FileSink(str(tmp_path / "w"))
+    sink.open()
+    version = WeightVersion(0, 0)
+    for number in range(4):
+        version = version.next()
+        flat = np.full(NUMBERS, number, dtype=np.float32)
+        update = FileSource(sink.take(LAYOUT, pieces(flat, 7), version)).fetch()
+        np.testing.assert_array_equal(update.flat, flat)
+        assert (update.version, update.specs, update.checksum) == (version, LAYOUT, checksum(flat))
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["weights-0.3.safetensors", "weights-0.4.safetensors"]
+    sink.close()
+    assert not list((tmp_path / "w").iterdir())
+
+
+def test_a_file_that_is_gone_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(SyncFailed, match=r"cannot read weights .* Do all nodes share weights\.folder"):
+        FileSource(str(tmp_path / "none.safetensors")).fetch()
+
+
+def test_a_transport_to_disk_needs_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"weights\.folder"):
+        load_config([], ["weights.transport=disk"])
+
+
+# --- what becomes of trees that run -----------------------------------------------------------------------------------
+
+
+def test_drained_trees_end_before_and_new_ones_wait() -> None:
+    """The order of events, whatever the scheduling: what ran ends, weights change, what waited begins."""
+
+    async def main() -> list[str]:
+        trees, events, may_end = _Trees(), [], asyncio.Event()
+
+        async def tree(name: str) -> None:
+            async with trees.one():
+                events.append(f"{name} begins")
+                await may_end.wait()
+                events.append(f"{name} ends")
+
+        async def update() -> None:
+            async with trees.halted(drain=True):
+                events.append("weights")
+
+        first = asyncio.create_task(tree("first"))
+        await asyncio.sleep(0)
+        changing = asyncio.create_task(update())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        second = asyncio.create_task(tree("second"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        may_end.set()
+        await asyncio.gather(first, changing, second)
+        return events
+
+    assert asyncio.run(main()) == ["first begins", "first ends", "weights", "second begins", "second ends"]
+
+
+@pytest.mark.parametrize("mode", ["drain", "pause", "in_flight"])
+def test_versions_of_trees_under_each_mode(
+    mode: str, small_config: Config, checkpoint: Path, task: CountdownTask, ray_local: None
+) -> None:
+    """Trees that run while new weights come: drained ones saw one version, others two; in flight old KV is named."""
+    weights = WeightsConfig(mode=mode)  # type: ignore[arg-type]
+    rollout = small_config.rollout.model_copy(update={"workers": 1, "concurrent_trees": 6})
+    config = small_config.model_copy(update={"weights": weights, "rollout": rollout})
+    pool = RolloutPool.start(config, str(checkpoint))
+    policy = load_policy(checkpoint)
+    counter = 0
+    trees: list[ThreadTree] = []
+    requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", 60, 0))]
+    pending: list[Any] = []
+    for number, (_, tree) in enumerate(pool.run(requests)):
+        trees.append(tree)
+        if number % 15 == 5:
+            counter += 1
+            update = pack_weights(trainable_parameters(policy), WeightVersion(0, counter))
+            ray.get(list(receive(pool.membership().workers, ray.put(update)).values()))
+            pending += [actor.apply_weights.remote() for actor in pool.workers]
+    ray.get(pending)
+    pool.stop()
+    assert counter == 4
+    calls = [call for tree in trees for call in tree.calls if call.sampled_ids]
+    spans = [len(call.versions) for call in calls]
+    newest = max(v for tree in trees for v in tree.versions())
+    assert newest.counter >= 3, "updates came too late to matter"
+    if mode == "drain":
+        assert all(len(tree.versions()) == 1 for tree in trees)
+    else:
+        assert max(spans) > 1, "no call saw two versions: the test would prove nothing"
+    kept = [call for call in calls if call.kv_version < call.versions[-1].version]
+    assert bool(kept) == (mode == "in_flight")
+    assert all(call.finish is not FinishReason.ERROR for call in calls)
+
+
+def test_a_mode_that_the_engine_has_not_is_refused() -> None:
+    from apr_ray.rollout.worker import require_mode
+
+    with pytest.raises(ConfigError, match=r"weights\.mode in_flight .* engine vllm cannot.* weights\.mode=pause"):
+        require_mode("in_flight", "vllm", keeps_kv=False)
+    require_mode("in_flight", "torch", keeps_kv=True)
+    require_mode("pause", "vllm", keeps_kv=False)
