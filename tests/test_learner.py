@@ -251,7 +251,7 @@ def test_the_weights_depend_on_neither_ranks_nor_micro_batches_nor_order_nor_zer
 
 
 def test_learners_that_sleep_between_their_steps_learn_the_same(reference: Reference, tmp_path: Path) -> None:
-    """At every ZeRO stage; saved and read while they sleep. On a CPU nothing moves: what is tried is DeepSpeed's way."""
+    """At every ZeRO stage; saved and read while they sleep. On a CPU nothing moves, but DeepSpeed goes the same way."""
     check(run_group(1, [Case(zero, 4096, sleeps=True) for zero in range(4)], tmp_path), reference)
 
 

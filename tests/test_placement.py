@@ -1,4 +1,4 @@
-"""Where parts run: who waits is seen, what cannot fit is refused, nothing is left behind, colocated parts take turns."""
+"""Where parts run: who waits is seen, what cannot fit is refused, nothing is left, colocated parts take turns."""
 
 from __future__ import annotations
 
