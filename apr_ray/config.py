@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from apr_ray.core.errors import ConfigError
 
@@ -21,6 +21,15 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+
+
+def _part_of_one_or_whole(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("several GPUs are reserved whole")
+    return gpus
+
+
+Gpus = Annotated[Rate, AfterValidator(_part_of_one_or_whole)]
 
 
 class Section(BaseModel):
@@ -95,6 +104,8 @@ class LearnerConfig(Section):
     """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
     cpus_per_rank: Rate = 0.5
     """Ray CPUs reserved per rank. Learners and rollout workers take turns, so each may reserve half a core."""
+    gpus_per_rank: Gpus = 0.0
+    """GPUs reserved per rank, 1 or a share of one; with 0 it trains on the CPU."""
 
 
 class OptimizerConfig(Section):
@@ -245,6 +256,8 @@ SET_BY_US = {
     "context_length": "engine.context_tokens",
     "device": "engine.device",
     "dtype": "engine.dtype",
+    "enable_memory_saver": "placement.mode",
+    "enable_weights_cpu_backup": "placement.mode",
     "max_running_requests": "engine.max_sequences",
     "max_total_tokens": "engine.kv_tokens",
     "stream_interval": "engine.stream_interval",
@@ -316,10 +329,14 @@ class RolloutConfig(Section):
 
     workers: Annotated[int, Field(ge=1)] = 2
     """Rollout actors, one engine each."""
+    min_workers: Positive | None = None
+    """Workers that must be ready before work begins; the others join when there is room for them. All by default."""
     concurrent_trees: Positive = 64
     """Trees each worker runs at the same time."""
     cpus_per_worker: Rate = 0.5
     """Ray CPUs reserved per worker."""
+    gpus_per_worker: Gpus = 0.0
+    """GPUs reserved per worker: as many as its engine uses, or a share of one; the torch engine uses none."""
     fan_out: Literal["local", "spread"] = "local"
     """Where children decode: on their parent's engine, or spread over the engines of all workers, which cuts a tree's
     latency while engines idle. A parent always stays where its prefix is cached."""
@@ -328,6 +345,22 @@ class RolloutConfig(Section):
     budget: Positive | None = None
     """Condition every root prompt on this budget (paper section 4.2: children per round for APR, tokens for SoS+). The
     policy must have seen such prefixes: `task.options.budgets`."""
+
+    @model_validator(mode="after")
+    def _workers_suffice(self) -> RolloutConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
+        return self
+
+
+class PlacementConfig(Section):
+    """Where learners and engines run."""
+
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    """Every rank and every worker has CPUs and GPUs of its own; or each rank shares one worker's, and they take turns:
+    engines give their memory back while the learners train, and learners their optimiser's meanwhile."""
+    autoscaling: bool = False
+    """The cluster adds nodes when something waits for room. Where it does not, what can never fit is refused."""
 
 
 class WeightsConfig(Section):
@@ -425,6 +458,7 @@ class Config(Section):
     bounds: BoundsConfig = BoundsConfig()
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
+    placement: PlacementConfig = PlacementConfig()
     weights: WeightsConfig = WeightsConfig()
     evaluation: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -437,6 +471,31 @@ class Config(Section):
         if self.data.max_sequence_tokens > model and self.init_from is None:
             raise ValueError(
                 f"data.max_sequence_tokens {self.data.max_sequence_tokens} is above model.context_tokens {model}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_used(self) -> Config:
+        if self.engine.name == "torch" and self.rollout.gpus_per_worker:
+            raise ValueError(f"rollout.gpus_per_worker is {self.rollout.gpus_per_worker:g}, engine torch uses none")
+        return self
+
+    @model_validator(mode="after")
+    def _colocated_parts_match(self) -> Config:
+        learner, rollout = self.learner, self.rollout
+        if self.placement.mode != "colocated":
+            return self
+        if self.grpo.overlap:
+            raise ValueError("grpo.overlap needs learners and engines at work together, placement.mode is colocated")
+        if learner.ranks != rollout.workers:
+            raise ValueError(
+                f"colocated, each rank shares one worker's place: learner.ranks {learner.ranks},"
+                f" rollout.workers {rollout.workers}"
+            )
+        if learner.gpus_per_rank != rollout.gpus_per_worker or rollout.gpus_per_worker > 1:
+            raise ValueError(
+                "colocated, a rank and a worker share at most one GPU:"
+                f" learner.gpus_per_rank {learner.gpus_per_rank:g}, rollout.gpus_per_worker {rollout.gpus_per_worker:g}"
             )
         return self
 

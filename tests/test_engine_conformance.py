@@ -19,7 +19,7 @@ import torch
 
 from apr_ray.config import EngineConfig, ModelConfig
 from apr_ray.core.engine import Chunk, Engine, FinishReason, GenerateRequest, SamplingParams
-from apr_ray.core.errors import AprError, WeightsRejected
+from apr_ray.core.errors import AprError, EngineAsleep, WeightsRejected
 from apr_ray.core.ledger import JoinOutcome, Outcome, ThreadTree
 from apr_ray.core.task import ChildResult, ChildSpec, SpawnRequest, ThreadEnd
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
@@ -288,6 +288,39 @@ def test_a_context_overflow_is_named_and_a_full_context_ends_a_call(subject: Sub
 def test_a_prompt_that_cannot_run_is_refused(subject: Subject, prompt: list[int], what: str) -> None:
     with pytest.raises(AprError, match=what):
         subject.one(prompt)
+
+
+def test_an_engine_that_slept_draws_the_same_and_takes_nothing_meanwhile(
+    subject: Subject, record_property: Callable[[str, object], None]
+) -> None:
+    """With the weights that it had, none of the KV that it had, and the next update as if nothing had been."""
+    if not subject.engine.capabilities.sleeps:
+        with pytest.raises(AprError, match="cannot sleep"):
+            subject.run(subject.engine.sleep())
+        record_property("n/a", "the engine cannot sleep here")
+        return
+    prompt = list(range(5, 45))
+    update = subject.update(1.01)
+    subject.run(subject.engine.update_weights(update))
+    subject.adopt(update)
+    before = subject.one(prompt, 20)
+    later = subject.update(1.01)
+    for _ in range(2):
+        subject.run(subject.engine.sleep())
+        with pytest.raises(EngineAsleep):
+            subject.one(prompt)
+        with pytest.raises(EngineAsleep):
+            subject.run(subject.engine.update_weights(later))
+        subject.run(subject.engine.sleep())  # which changes nothing
+        subject.run(subject.engine.wake())
+        subject.run(subject.engine.wake())
+        after = subject.one(prompt, 20)
+        assert ids_of(after) == ids_of(before)
+        assert (after[0].cached_tokens, after[0].version) == (0, update.version)
+        subject.compare(prompt, after, 0.0)
+    subject.run(subject.engine.update_weights(later))
+    subject.adopt(later)
+    subject.compare(prompt, subject.one(prompt, 20), 0.0)
 
 
 # --- aborts and order -------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -76,11 +77,13 @@ def batches(count: int = 3) -> list[TrainBatch]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to take the same steps. `shuffled`: the sequences of every batch in another order."""
+    """One way to take the same steps. `shuffled`: the sequences of every batch in another order. `sleeps`: before and
+    after every step."""
 
     zero: int
     budget: int
     shuffled: bool = False
+    sleeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +125,33 @@ def learn(case: Case, rank: int, world: int, folder: Path) -> Learned:
         new_policy(MODEL, build_tokenizer(), 0), config, OptimizerConfig(learning_rate=RATE, grad_clip=0.5), rank, world
     )
     first, second, third, near = (shuffle(b) if case.shuffled else b for b in (*batches(), drawn_nearby()))
-    stats = [trainer.sft_step(first, RATE)]
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        if case.sleeps:
+            trainer.wake()
+        yield
+        if case.sleeps:
+            trainer.sleep()
+
+    if case.sleeps:
+        trainer.sleep()
+    with turn():
+        stats = [trainer.sft_step(first, RATE)]
     trainer.freeze_reference()
-    stats += trainer.grpo_step(second, STEP, RATE)
+    with turn():
+        stats += trainer.grpo_step(second, STEP, RATE)
     calls: list[int] = []
     trainer.policy.register_forward_hook(lambda *_: calls.append(1))
     forwards = []
     for step in CORRECTED:
         calls.clear()
-        stats += trainer.grpo_step(near, step, RATE)
+        with turn():
+            stats += trainer.grpo_step(near, step, RATE)
         forwards.append(len(calls) / len(trainer.plan(near)))
     trainer.save(folder)
-    stats.append(trainer.sft_step(third, RATE))
+    with turn():
+        stats.append(trainer.sft_step(third, RATE))
     after = trainer.weights(version()).flat.copy()
     if case.zero == 3:
         assert any(p.numel() == 0 for p in trainer.policy.parameters()), "no parameter is shared"
@@ -148,6 +166,8 @@ def learn(case: Case, rank: int, world: int, folder: Path) -> Learned:
     with trainer.whole_policy() as policy:
         if rank == 0:
             policy.save_pretrained(folder / "policy")
+    if case.sleeps:
+        trainer.wake()
     trainer.load(folder)
     trainer.sft_step(third, RATE)
     again = trainer.weights(version()).flat.copy()
@@ -324,6 +344,11 @@ def test_the_weights_depend_on_neither_ranks_nor_micro_batches_nor_order_nor_zer
     of one tree lie in several micro-batches and ranks; importance weights of trees are the same all the same."""
     cases = [Case(0, 200, True), Case(1, 4096), Case(2, 90), Case(3, 200, True)]
     check(run_group(world, cases, tmp_path), reference)
+
+
+def test_learners_that_sleep_between_their_steps_learn_the_same(reference: Reference, tmp_path: Path) -> None:
+    """At every ZeRO stage; saved and read while they sleep. On a CPU nothing moves, but DeepSpeed goes the same way."""
+    check(run_group(1, [Case(zero, 4096, sleeps=True) for zero in range(4)], tmp_path), reference)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apr_ray.config import Config
+from apr_ray.config import Config, PlacementConfig
 from apr_ray.core.errors import AprError, MismatchError, WeightsRejected
 from apr_ray.core.ledger import Disposition
 from apr_ray.core.trees_io import read_trees
@@ -96,6 +96,19 @@ def test_a_killed_supervised_run_goes_on_from_its_checkpoint(
     assert (policy / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     steps = [r["step"] for r in run.metrics() if "sft/loss" in r]
     assert steps == sorted(set(steps))
+
+
+def test_a_colocated_supervised_run_learns_the_same_beside_engines_that_sleep(
+    finished: RunDir, small_config: Config, tmp_path: Path
+) -> None:
+    """Evaluated twice in between, on engines that share the learners' places; bit for bit the policy of `finished`."""
+    config = with_run(small_config, tmp_path, "s")
+    config = config.model_copy(update={"placement": PlacementConfig(mode="colocated")})
+    run = RunDir.create(config, "sft")
+    policy = train_sft(config, run, finished.path / "data", QUIET)
+    assert [r["step"] for r in run.metrics() if "eval/greedy/accuracy" in r] == [6, 12]
+    unbroken = finished.path / "sft" / "final"
+    assert (policy / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
 def test_weights_went_back_to_the_engines(finished: RunDir) -> None:

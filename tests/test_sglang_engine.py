@@ -18,7 +18,7 @@ import pytest
 
 from apr_ray.config import EngineConfig, load_config
 from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
-from apr_ray.core.errors import AprError, ConfigError, PartDied
+from apr_ray.core.errors import AprError, ConfigError, EngineAsleep, PartDied
 from apr_ray.core.weights import WeightVersion
 from apr_ray.engines import sglang_engine
 from apr_ray.engines.registry import build_engine
@@ -54,6 +54,7 @@ class ScriptedSGLang:
         self.sent: list[Any] = []
         self.steps: list[str] = []
         self.failing = ""
+        self.device, self.saves_memory = "cpu", False
         self.asyncio_tasks: set[Any] = set()
         self.recv_from_detokenizer = self.send_to_scheduler = SimpleNamespace(close=lambda linger: None)
         reading, self.life = os.pipe()
@@ -93,13 +94,23 @@ class ScriptedSGLang:
     async def continue_generation(self, request: Any) -> None:
         await self.step("continue")
 
+    async def flush_cache(self, timeout_s: float) -> Any:
+        success, message = await self.step("flush")
+        return SimpleNamespace(success=success, message=message)
+
+    async def release_memory_occupation(self, request: Any) -> None:
+        await self.step(f"release {request.tags}")
+
+    async def resume_memory_occupation(self, request: Any) -> None:
+        await self.step(f"resume {request.tags}")
+
 
 @pytest.fixture
 def engine_over(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Callable[..., SGLangEngine]:
     def make(manager: ScriptedSGLang, **options: Any) -> SGLangEngine:
         engine = SimpleNamespace(
             tokenizer_manager=manager,
-            server_args=SimpleNamespace(tp_size=1),
+            server_args=SimpleNamespace(tp_size=1, device=manager.device, enable_memory_saver=manager.saves_memory),
             shutdown=lambda: None,
             send_to_rpc=manager.send_to_scheduler,
         )
@@ -377,3 +388,46 @@ def test_a_start_that_fails_leaves_no_process(checkpoint: Path, tmp_path: Path) 
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     running = [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
     assert [p for p in running if "resource_tracker" not in " ".join(p.cmdline())] == []
+
+
+def on_a_gpu(*answers: list[Output | None]) -> ScriptedSGLang:
+    sglang = ScriptedSGLang(*answers)
+    sglang.device, sglang.saves_memory = "cuda", True
+    return sglang
+
+
+def test_it_releases_its_memory_when_it_is_idle_and_resumes(engine_over: Callable[..., SGLangEngine]) -> None:
+    """Tags None: SGLang's KV, weights and graphs. Its scheduler would die if it were told while it is busy."""
+    sglang = on_a_gpu([None, output([5, STOP], {"type": "stop", "matched": STOP})])
+    engine = engine_over(sglang)
+
+    async def main() -> None:
+        running = asyncio.create_task(collect(engine))
+        await asyncio.sleep(0)
+        with pytest.raises(AprError, match="1 requests run, a first"):
+            await engine.sleep()
+        sglang.go_on.set()
+        await running
+        await engine.sleep()
+        with pytest.raises(EngineAsleep):
+            await collect(engine, request("b"))
+        await engine.wake()
+
+    asyncio.run(main())
+    assert engine.capabilities.sleeps
+    assert sglang.steps == ["flush", "release None", "resume None"]
+
+
+def test_one_that_does_not_come_to_rest_is_dead(engine_over: Callable[..., SGLangEngine]) -> None:
+    sglang = on_a_gpu()
+    sglang.failing = "flush"
+    engine = engine_over(sglang)
+
+    async def main() -> None:
+        with pytest.raises(PartDied, match="flush_cache: disk on fire"):
+            await engine.sleep()
+        with pytest.raises(PartDied):
+            await collect(engine)
+
+    asyncio.run(main())
+    assert "release None" not in sglang.steps

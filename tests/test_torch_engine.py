@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_ray.core.engine import Chunk, GenerateRequest, SamplingParams
-from apr_ray.core.errors import AprError
+from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
+from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.engines.torch_engine import engine as engine_module
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
@@ -268,3 +268,26 @@ def test_uniforms_are_uniform_and_independent_of_company() -> None:
     assert draws.min() >= 0
     assert draws.max() < 1
     assert uniforms(seeds[7:8], counters[7:8])[0] == draws[7]
+
+
+def test_an_engine_sleeps_once_what_was_aborted_is_gone_and_not_while_a_request_runs(checkpoint: Path) -> None:
+    engine = engine_of(checkpoint)
+    size = engine.decoder.keys.nbytes
+
+    async def main() -> None:
+        running = asyncio.create_task(collect(engine, request("a", [5, 6, 7], 300)))
+        left = engine.generate(request("b", [8, 9], 300))
+        await anext(left)
+        with pytest.raises(AprError, match=r"2 requests run, a first"):
+            await engine.sleep()
+        assert engine.decoder.keys.nbytes == size
+        await left.aclose()  # type: ignore[attr-defined]
+        await engine.abort("a")
+        await engine.sleep()
+        assert not engine.active
+        assert (await running)[-1].finish is FinishReason.ABORTED
+
+    asyncio.run(main())
+    assert engine.decoder.keys.nbytes == engine.decoder.values.nbytes == 0
+    with pytest.raises(EngineAsleep, match="Wake it first"):
+        run_all(engine, [request("c", [5])])

@@ -114,6 +114,7 @@ class Capabilities:
         in_flight_update: weights may change while requests run (token spans name the versions).
         keeps_kv: an update may leave the KV of running requests as it is (`Chunk.kv_version` names its weights).
         priorities: `GenerateRequest.priority` orders admission.
+        sleeps: it can give its memory back between requests (`Engine.sleep`).
     """
 
     seeds: bool
@@ -121,6 +122,7 @@ class Capabilities:
     in_flight_update: bool
     keeps_kv: bool
     priorities: bool
+    sleeps: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,18 @@ class Engine(Protocol):
 
         Raises WeightsRejected, with nothing applied, if any tensor is missing, unknown, of another shape or dtype, not
         finite, or if the checksum or the order of versions is wrong; AprError for `keep_kv` without the capability."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give back the memory of all KV, and of the weights where the engine can, until `wake`.
+
+        Meanwhile requests and updates are refused (EngineAsleep). Nothing happens where it sleeps already.
+
+        Raises AprError where a request runs or waits, or without `Capabilities.sleeps`; the engine is then awake."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the memory back: the weights are those from before, KV is empty. Nothing happens where it is awake."""
         ...
 
     def stats(self) -> EngineStats:

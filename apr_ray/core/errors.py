@@ -26,6 +26,15 @@ class ConfigError(AprError):
     """The configuration cannot be run as written."""
 
 
+class EngineAsleep(AprError):
+    """An engine that gave its memory back was asked for tokens or given weights."""
+
+    def __init__(
+        self, what: str = "the engine is asleep: its memory is given back", remedy: str = "Wake it first"
+    ) -> None:
+        super().__init__(what, remedy)
+
+
 class WeightsRejected(AprError):
     """A weight update was refused whole; nothing of it was applied."""
 

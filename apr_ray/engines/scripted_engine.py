@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
-from apr_ray.core.errors import AprError
+from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 
 LOGPROB = -0.5
@@ -36,7 +36,9 @@ class ScriptedEngine:
         gate: awaited with the request id before every chunk, so that a test decides who goes on when.
     """
 
-    capabilities = Capabilities(seeds=True, deterministic=True, in_flight_update=True, keeps_kv=True, priorities=False)
+    capabilities = Capabilities(
+        seeds=True, deterministic=True, in_flight_update=True, keeps_kv=True, priorities=False, sleeps=True
+    )
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class ScriptedEngine:
         self.chunk_tokens = chunk_tokens
         self.gate = gate
         self.version = WeightVersion(0, 0)
+        self.asleep = False
         self.requests: list[GenerateRequest] = []
         self.active: dict[str, bool] = {}
         """Running requests; True once aborted."""
@@ -57,6 +60,8 @@ class ScriptedEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """See `core.engine.Engine.generate`."""
+        if self.asleep:
+            raise EngineAsleep
         if len(request.prompt_ids) >= self.context_tokens:
             raise AprError(f"prompt of {len(request.prompt_ids)} tokens in a context of {self.context_tokens}", "")
         self.requests.append(request)
@@ -103,7 +108,19 @@ class ScriptedEngine:
 
     async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
         """Only the version is taken over."""
+        if self.asleep:
+            raise EngineAsleep
         self.version = update.version
+
+    async def sleep(self) -> None:
+        """See `core.engine.Engine.sleep`; there is nothing to give back."""
+        if self.active:
+            raise AprError(f"{len(self.active)} requests run", "Let them end, or abort them")
+        self.asleep = True
+
+    async def wake(self) -> None:
+        """See `core.engine.Engine.wake`."""
+        self.asleep = False
 
     def stats(self) -> EngineStats:
         """Counters since start."""

@@ -31,14 +31,14 @@ import multiprocessing.resource_tracker
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
-from apr_ray.core.errors import AprError, ConfigError, PartDied
+from apr_ray.core.errors import AprError, ConfigError, EngineAsleep, PartDied
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard, environment
 from apr_ray.engines.torch_engine.decoder import DecoderShape
@@ -50,6 +50,8 @@ T = TypeVar("T")
 FIRST_VERSION = WeightVersion(0, 0)
 ID_END = "#"
 """Ends every id that SGLang sees. Request ids may not hold it, so no id is another's prefix."""
+IDLE_S = 60.0
+"""How long SGLang may take to end what was aborted, before it sleeps."""
 SPARE_TOKENS = 6
 """SGLang keeps this much of its context length to itself: a request of `context_tokens` needs that many more."""
 
@@ -101,6 +103,7 @@ class SGLangEngine:
         device: "cpu" or "cuda"; what SGLang finds by default.
         dtype: of weights and KV.
         server_args: further arguments of `sglang.Engine`, as they are.
+        sleeps: whether it will be asked to sleep, which takes SGLang's memory saver; on a CPU there is none.
         on_death: called from another thread, with the reason, when the engine ends by itself. Without it, running
             requests end with ERROR and new ones are refused.
 
@@ -109,7 +112,9 @@ class SGLangEngine:
         ConfigError: an argument that SGLang does not know, or a context longer than the model's.
     """
 
-    capabilities = Capabilities(seeds=False, deterministic=False, in_flight_update=True, keeps_kv=True, priorities=True)
+    capabilities = Capabilities(
+        seeds=False, deterministic=False, in_flight_update=True, keeps_kv=True, priorities=True, sleeps=False
+    )
 
     def __init__(
         self,
@@ -122,6 +127,7 @@ class SGLangEngine:
         device: str | None = None,
         dtype: str = "float32",
         server_args: Mapping[str, Any] | None = None,
+        sleeps: bool = False,
         on_death: Callable[[str], None] | None = None,
     ) -> None:
         shape = DecoderShape.from_config(read_config(checkpoint))
@@ -142,6 +148,7 @@ class SGLangEngine:
         self._open = asyncio.Event()  # closed while weights change
         self._open.set()
         self._updating = asyncio.Lock()
+        self._asleep = False
         self._death = ""  # why it is dead; empty while it lives
         self._dead = asyncio.Event()
         self._closing = False
@@ -158,9 +165,14 @@ class SGLangEngine:
             "weight_version": str(FIRST_VERSION),
             "custom_sigquit_handler": _ignore_signal,
             **_device_arguments(device, kv_tokens, max_sequences, self.context_tokens),
+            # Weights come back from a copy in host memory: an engine that wakes runs those it slept with.
+            **({"enable_memory_saver": True, "enable_weights_cpu_backup": True} if sleeps and device != "cpu" else {}),
             **(server_args or {}),
         }
         self._guard, self._engine = _launch(arguments)
+        launched = self._engine.server_args
+        saves_memory = bool(launched.enable_memory_saver) and launched.device == "cuda"
+        self.capabilities = replace(self.capabilities, sleeps=saves_memory)
         self._manager = self._engine.tokenizer_manager
         self._manager.signal_handler_class = _NoSignalHandlers
         self._processes = _take_over(self._engine)
@@ -183,7 +195,7 @@ class SGLangEngine:
                 running.pump.cancel()  # on which SGLang aborts it
 
     def _accept(self, request: GenerateRequest) -> _Running:
-        self._require_alive()
+        self._require_awake()
         prompt = request.prompt_ids
         if not prompt:
             raise AprError(f"request {request.request_id} has an empty prompt", "Give at least one token")
@@ -350,7 +362,7 @@ class SGLangEngine:
             PartDied: SGLang failed half-way; the engine is dead.
         """
         async with self._updating:
-            self._require_alive()
+            self._require_awake()
             await asyncio.to_thread(check_update, update, self.expected, self.version)
             self._loop = asyncio.get_running_loop()
             self._open.clear()
@@ -358,13 +370,7 @@ class SGLangEngine:
                 running.held = running.sent
                 running.kv_version = (running.kv_version or running.version) if keep_kv else None
             try:
-                await self._or_death(self._apply(update, keep_kv))
-            except RuntimeError as error:
-                self._die(f"SGLang failed while it took weights {update.version}: {error}")
-                raise PartDied(self._death, "Restart the worker") from error
-            except asyncio.CancelledError:
-                self._die(f"the caller gave up while SGLang took weights {update.version}")
-                raise
+                await self._whole(self._apply(update, keep_kv), f"SGLang took weights {update.version}")
             finally:
                 self._open.set()
             self.version = update.version
@@ -394,6 +400,43 @@ class SGLangEngine:
         _require_success("update_weights_from_tensor", await manager.update_weights_from_tensor(load))
         _require_success("end_weight_update", await manager.end_weight_update(EndWeightUpdateReqInput()))
         await manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=self._on_cuda))
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """See `core.engine.Engine.sleep`: KV, weights and graphs leave the GPU. Not run on a GPU yet."""
+        async with self._updating:
+            self._require_alive()
+            if self._asleep:
+                return
+            if not self.capabilities.sleeps:
+                raise AprError(
+                    "this SGLang engine cannot sleep", "Its memory saver needs a GPU and placement.mode=colocated"
+                )
+            if self.by_id:
+                raise AprError(f"{len(self.by_id)} requests run, {next(iter(self.by_id))} first", "Let them end first")
+            self._loop = asyncio.get_running_loop()
+            self._asleep = True
+            await self._whole(self._release(), "SGLang went to sleep")
+
+    async def wake(self) -> None:
+        """See `core.engine.Engine.wake`."""
+        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+        async with self._updating:
+            self._require_alive()
+            if self._asleep:
+                resume = self._manager.resume_memory_occupation(ResumeMemoryOccupationReqInput())
+                await self._whole(resume, "SGLang woke up")
+                self._asleep = False
+
+    async def _release(self) -> None:
+        """SGLang's scheduler dies if it is told to release while it is busy: a flush waits until it is idle."""
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+        flushed = await self._manager.flush_cache(timeout_s=IDLE_S)
+        _require_success("flush_cache", (flushed.success, flushed.message))
+        await self._manager.release_memory_occupation(ReleaseMemoryOccupationReqInput())
 
     # --- life and death ---------------------------------------------------------------------------------------------
 
@@ -437,6 +480,11 @@ class SGLangEngine:
         if self._death:
             raise PartDied(f"the SGLang engine is gone: {self._death}", "Restart the worker")
 
+    def _require_awake(self) -> None:
+        self._require_alive()
+        if self._asleep:
+            raise EngineAsleep
+
     def _watch_processes(self) -> None:
         """Wait, in a thread of its own, until one of SGLang's processes ends."""
         multiprocessing.connection.wait([process.sentinel for process in self._processes])
@@ -465,6 +513,17 @@ class SGLangEngine:
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _whole(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Do what must not be left half done; PartDied, and the engine is dead, where it is."""
+        try:
+            await self._or_death(work)
+        except RuntimeError as error:
+            self._die(f"it failed while {what}: {error}")
+            raise PartDied(self._death, "Restart the worker") from error
+        except asyncio.CancelledError:
+            self._die(f"the caller gave up while {what}")
+            raise
 
     async def _or_death(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`; RuntimeError if the engine dies first, where SGLang would wait for ever."""

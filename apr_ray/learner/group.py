@@ -16,6 +16,7 @@ from apr_ray.core.batch import TrainBatch
 from apr_ray.core.weights import TensorSpec, WeightSink, WeightVersion
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge
 from apr_ray.parts import DEAD, died, own_log
+from apr_ray.placement import Places, learner_places
 from apr_ray.tasks.registry import load_task
 
 NAMING_S = 30.0
@@ -72,6 +73,12 @@ class LearnerActor:
     def freeze_reference(self, checkpoint: str | None) -> None:
         self.trainer.freeze_reference(checkpoint)
 
+    def sleep(self) -> None:
+        self.trainer.sleep()
+
+    def wake(self) -> None:
+        self.trainer.wake()
+
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
         return self.trainer.logprobs(sequences, temperature)
 
@@ -121,25 +128,30 @@ class LearnerGroup:
             for as long as they live, so nobody waits for them.
     """
 
-    def __init__(self, actors: Sequence[Any], zero_stage: int) -> None:
+    def __init__(self, actors: Sequence[Any], zero_stage: int, places: Places) -> None:
         self.actors = list(actors)
         self.zero_stage = zero_stage
+        self.places = places
         self.parameters = 0
-        self.logs = [""] * len(self.actors)
+        self.logs = [""] * places.need.count
 
     @classmethod
     def start(cls, config: Config, optimizer: OptimizerConfig, init_from: str | None = None) -> LearnerGroup:
-        """Start the ranks and let them meet."""
+        """Wait for room, start the ranks and let them meet. Where that fails, nothing is left."""
         learner: LearnerConfig = config.learner
-        options = {"num_cpus": learner.cpus_per_rank, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-        actors: list[Any] = [
-            ray.remote(LearnerActor).options(**options).remote(config, optimizer, init_from, rank)
-            for rank in range(learner.ranks)
-        ]
-        group = cls(actors, learner.zero_stage)
-        group.logs = group._all([actor.log.remote() for actor in actors])
-        [(address, port)] = group._all([actors[0].address.remote()])
-        group.parameters = group._all([actor.start.remote(address, port) for actor in actors])[0]
+        options = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+        group = cls([], learner.zero_stage, learner_places(config))
+        try:
+            for rank in range(learner.ranks):
+                actor = ray.remote(LearnerActor).options(**options, **group.places.options(rank))
+                group.actors.append(actor.remote(config, optimizer, init_from, rank))
+            group.places.wait()
+            group.logs = group._all([actor.log.remote() for actor in group.actors])
+            [(address, port)] = group._all([group.actors[0].address.remote()])
+            group.parameters = group._all([actor.start.remote(address, port) for actor in group.actors])[0]
+        except BaseException:
+            group.stop()
+            raise
         return group
 
     def submit_sft_step(self, batch: TrainBatch, learning_rate: float) -> list[Any]:
@@ -160,6 +172,14 @@ class LearnerGroup:
     def freeze_reference(self, checkpoint: str | None = None) -> None:
         """Take a checkpoint's policy, or the present one, as the reference of the KL term."""
         self._all([actor.freeze_reference.remote(checkpoint) for actor in self.actors])
+
+    def sleep(self) -> None:
+        """Give back the memory of what only a step needs: see `Trainer.sleep`."""
+        self._all([actor.sleep.remote() for actor in self.actors])
+
+    def wake(self) -> None:
+        """Take it again, before the next step."""
+        self._all([actor.wake.remote() for actor in self.actors])
 
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
         """Logprobs of whole sequences under the present weights, from rank 0."""
@@ -202,9 +222,10 @@ class LearnerGroup:
         self._all([actor.load.remote(str(directory)) for actor in self.actors])
 
     def stop(self) -> None:
-        """End the actors."""
+        """End the actors and give their places back."""
         for actor in self.actors:
             ray.kill(actor)
+        self.places.remove()
 
     def _all(self, references: Sequence[Any]) -> list[Any]:
         """The answers."""

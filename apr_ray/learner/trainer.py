@@ -108,7 +108,7 @@ class Trainer:
         self.grad_clip = optimizer.grad_clip
         self.rank = rank
         self.world = world
-        adamw = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             parameter_groups(policy, optimizer),
             lr=optimizer.learning_rate,
             betas=(optimizer.beta1, optimizer.beta2),
@@ -120,10 +120,10 @@ class Trainer:
         self._grad_norm = 0.0
         if self.zero == 0:
             # DeepSpeed reports no gradient norm at stage 0, so it is measured, and clipped, just before the update.
-            adamw.register_step_pre_hook(self._clip)
+            self.adamw.register_step_pre_hook(self._clip)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
-            optimizer=adamw,
+            optimizer=self.adamw,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -135,6 +135,7 @@ class Trainer:
             },
         )
         self.reference: Any = None
+        self.device = next(self.policy.parameters()).device
 
     def _zero_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"stage": self.zero}
@@ -164,7 +165,7 @@ class Trainer:
         """One optimiser step on demonstrations; `bf16` runs its matrix products in bfloat16."""
         loss_sum, padded, tokens = 0.0, 0, 0
         for indices in self.plan(batch):
-            rows = _Rows(batch, indices)
+            rows = _Rows(batch, indices, self.device)
             with torch.autocast(rows.tokens.device.type, torch.bfloat16, enabled=bf16):
                 logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
             loss = sft_loss(token_logprobs(logits, rows.tokens), rows.weights)
@@ -178,7 +179,7 @@ class Trainer:
     def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
         """`inner_steps` optimiser steps on one batch of trees; the first one's stats hold the mismatch of engine and
         learner at the start of the batch."""
-        rows_of = [_Rows(batch, indices) for indices in self.plan(batch)]
+        rows_of = [_Rows(batch, indices, self.device) for indices in self.plan(batch)]
         if step.kl_coefficient:
             for rows in rows_of:
                 rows.reference = self.reference_logprobs(rows, step.temperature)
@@ -237,19 +238,19 @@ class Trainer:
         delta = self._delta(batch, rows_of)
         if not how.applies(measure_mismatch(delta, batch).delta_mean):
             return
-        sums = torch.from_numpy(tree_sums(delta, batch))
+        sums = torch.from_numpy(tree_sums(delta, batch)).to(self.device)
         for rows in rows_of:
             rows.importance = importance_weights(rows.delta(), how, sums[rows.trees])
 
     def _delta(self, batch: TrainBatch, rows_of: Sequence[_Rows]) -> np.ndarray[Any, Any]:
         """float32 [N]: proximal less behaviour logprob of every token of the batch, from all ranks."""
-        delta = torch.zeros(len(batch.tokens))
+        delta = torch.zeros(len(batch.tokens), device=self.device)
         for rows in rows_of:
             for (start, end), row in zip(rows.spans, rows.delta(), strict=True):
                 delta[start:end] = row[: end - start]
         if self.world > 1:
             torch.distributed.all_reduce(delta)
-        return delta.numpy()
+        return delta.cpu().numpy()
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
@@ -259,9 +260,9 @@ class Trainer:
         """
         out = []
         for ids in sequences:
-            tokens = torch.tensor([list(ids)], dtype=torch.int64)
+            tokens = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
             logits = self.policy(input_ids=tokens, use_cache=False).logits
-            out.append(token_logprobs(logits, tokens, temperature)[0].numpy())
+            out.append(token_logprobs(logits, tokens, temperature)[0].cpu().numpy())
         return out
 
     def plan(self, batch: TrainBatch) -> list[list[int]]:
@@ -285,6 +286,32 @@ class Trainer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip))
 
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Move to host memory what only a step needs: the optimiser's state and, at ZeRO stages 1 and 2, its copy of
+        the weights and the gradients; and the reference. The policy stays. Nothing moves on a CPU."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+        from deepspeed.runtime.zero.offload_states import offload_optimizer_states
+
+        if self.zero in (1, 2):
+            self.engine.offload_states(include=[State.optim_states, State.hp_params, State.lp_grads])
+        else:  # DeepSpeed moves no state at stage 0, and only its own Adam's at stage 3
+            offload_optimizer_states(self.adamw, "cpu", pin_memory=True)
+        if self.reference is not None:
+            self.reference.to("cpu")
+
+    def wake(self) -> None:
+        """Inverse of `sleep`; must come before the next step."""
+        from deepspeed.runtime.zero.offload_states import reload_optimizer_states
+
+        if self.zero in (1, 2):
+            self.engine.reload_states()
+        else:
+            reload_optimizer_states(self.adamw, self.device)
+        if self.reference is not None:
+            self.reference.to(self.device)
+
     # --- reference, weights, checkpoints ----------------------------------------------------------------------------
 
     def freeze_reference(self, checkpoint: str | None = None) -> None:
@@ -293,7 +320,7 @@ class Trainer:
         Every rank holds it whole, at any ZeRO stage; without a checkpoint all ranks must call it.
         """
         policy = load_policy(checkpoint) if checkpoint else self._copy()
-        self.reference = policy.requires_grad_(False)
+        self.reference = policy.requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def _copy(self) -> Any:
@@ -369,7 +396,7 @@ class _Rows:
         reference, proximal, importance: None until known, or where the step does without.
     """
 
-    def __init__(self, batch: TrainBatch, indices: Sequence[int]) -> None:
+    def __init__(self, batch: TrainBatch, indices: Sequence[int], device: torch.device) -> None:
         self.spans = [(int(batch.offsets[i]), int(batch.offsets[i + 1])) for i in indices] or [(0, 0)]
         width = max(2, *(end - start for start, end in self.spans))
 
@@ -377,7 +404,7 @@ class _Rows:
             out = np.zeros((len(self.spans), width), dtype=column.dtype)
             for row, (start, end) in enumerate(self.spans):
                 out[row, : end - start] = column[start:end]
-            return torch.from_numpy(out)
+            return torch.from_numpy(out).to(device)
 
         self.trees = batch.trees[list(indices) or [0]]
         self.tokens = stack(batch.tokens)
@@ -395,17 +422,19 @@ class _Rows:
 
 
 def init_process_group(rank: int, world: int, address: str, port: int) -> None:
-    """Join the learner group over gloo.
+    """Join the learner group, over gloo on a CPU, else over what the device has (nccl: not run on a GPU yet).
 
     DeepSpeed would compile a shared-memory collective at first use, which takes a minute and a compiler; gloo is as
     fast for two ranks, so that operator is switched off.
     """
     import deepspeed
 
+    accelerator = deepspeed.get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")  # an actor sees its own device only
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend="gloo",
+        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
         verbose=False,
         init_method=f"tcp://{address}:{port}",

@@ -12,6 +12,7 @@ from apr_ray.config import TaskConfig
 from apr_ray.core.ledger import Outcome, Problem, ThreadTree
 from apr_ray.core.task import Verdict
 from apr_ray.parts import DEAD, died
+from apr_ray.placement import REWARD_CPUS
 from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
 
@@ -34,7 +35,7 @@ class RewardClient:
 
     def __init__(self, task: TaskConfig) -> None:
         options = {
-            "num_cpus": 0.1,
+            "num_cpus": REWARD_CPUS,
             "max_restarts": RESTARTS,  # it holds nothing, so Ray may start it anew and ask again
             "max_task_retries": RESTARTS,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},

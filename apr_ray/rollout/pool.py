@@ -1,6 +1,8 @@
 """The pool: every worker is kept as full as it may be, trees come back as they end, who dies is replaced.
 
-    hired ──▶ joining: builds its engine, takes the current weights ──▶ ready: is given work ──▶ dead: another is hired
+    hired ──▶ joining: has room, builds its engine, takes the current weights ──▶ ready: is given work ──▶ dead
+
+A worker that died is replaced in its place.
 
 A long tree holds one of its worker's places and nothing else. Results do not depend on which worker ran what: a tree's
 seeds come from its request, so a tree whose worker died is run again on another, and in deterministic mode is the same.
@@ -23,11 +25,13 @@ from apr_ray.core.engine import EngineStats
 from apr_ray.core.errors import SyncFailed
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.parts import DEAD, died, reason
+from apr_ray.placement import Places, worker_places
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.threads.runtime import TreeRequest
 
 log = logging.getLogger(__name__)
 WAIT_REPORT_S = 60.0
+TICK_S = 1.0
 
 
 def calls_at_once(config: Config) -> int:
@@ -72,9 +76,10 @@ class RolloutPool:
     Args:
         actors: workers that are ready.
         concurrent_trees: trees that each may run at a time.
-        hire: starts a worker of the given name; without it nobody is replaced.
+        hire: starts a worker of the given name in the given place; without it nobody is replaced.
         max_restarts: workers that may be replaced in all.
         spread_children: children decode on all workers' engines, not on their parent's alone.
+        places: where they are.
 
     Attributes:
         current: makes an object reference to a source of the weights that all ready workers run, for those that join
@@ -89,9 +94,10 @@ class RolloutPool:
         self,
         actors: Sequence[Any],
         concurrent_trees: int,
-        hire: Callable[[str], Any] | None = None,
+        hire: Callable[[str, int], Any] | None = None,
         max_restarts: int = 0,
         spread_children: bool = False,
+        places: Places | None = None,
     ) -> None:
         self.members = [Worker(_name(place), actor) for place, actor in enumerate(actors)]
         self.concurrent_trees = concurrent_trees
@@ -101,29 +107,38 @@ class RolloutPool:
         self.restarts = 0
         self.epoch = 0
         self.spread_children = spread_children
+        self.places = places
         self.changing = threading.RLock()  # rollouts may run in a thread beside a sync (`grpo.overlap`)
         self._changed()
 
     @classmethod
-    def start(cls, config: Config, checkpoint: str) -> RolloutPool:
-        """Hire the workers and wait until one is ready; the others join as they are.
+    def start(cls, config: Config, checkpoint: str, beside: Places | None = None) -> RolloutPool:
+        """Hire the workers and wait until `rollout.min_workers` are ready; the others join as they are. Where that
+        fails, nothing is left.
 
-        The checkpoint must stay where it is: those hired later start on it too.
+        Args:
+            checkpoint: must stay where it is: those hired later start on it too.
+            beside: the learners' places, which the workers share where `placement.mode` is colocated.
         """
         rollout = config.rollout
+        places = worker_places(config, beside)
         options = {
-            "num_cpus": rollout.cpus_per_worker,
             "max_concurrency": calls_at_once(config),
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
         }
 
-        def hire(name: str) -> Any:
-            return ray.remote(RolloutWorker).options(**options).remote(config, checkpoint, name)
+        def hire(name: str, place: int) -> Any:
+            worker = ray.remote(RolloutWorker).options(**options, **places.options(place))
+            return worker.remote(config, checkpoint, name)
 
-        pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts, rollout.fan_out == "spread")
-        for place in range(rollout.workers):
-            pool.members.append(pool._invited(Worker(_name(place), hire(_name(place)))))
-        pool._ready()
+        pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts, rollout.fan_out == "spread", places)
+        try:
+            for place in range(rollout.workers):
+                pool.members.append(pool._invited(Worker(_name(place), hire(_name(place), place))))
+            pool._ready(rollout.min_workers or rollout.workers)
+        except BaseException:
+            pool.stop()
+            raise
         return pool
 
     @property
@@ -181,14 +196,24 @@ class RolloutPool:
                 self._replace(worker, error)
         return answers
 
+    def sleep(self) -> None:
+        """Have every engine give its memory back; no tree may run."""
+        self.everywhere(ask("sleep"))
+
+    def wake(self) -> None:
+        """Have every engine take its memory again."""
+        self.everywhere(ask("wake"))
+
     def stats(self) -> list[EngineStats]:
         """Each ready engine's counters."""
         return self.everywhere(ask("stats"))
 
     def stop(self) -> None:
-        """End the workers."""
+        """End the workers and give their places back."""
         for worker in self.members:
             ray.kill(worker.actor)
+        if self.places is not None:
+            self.places.remove()
 
     def now_run(self, workers: Sequence[Worker], current: Callable[[], Any]) -> None:
         """These workers run new weights, of which `current` makes a source; whoever is not among them takes it."""
@@ -215,10 +240,10 @@ class RolloutPool:
         worker.joining = worker.actor.join.remote(self.current() if self.current else None)
         return worker
 
-    def _ready(self) -> list[Worker]:
-        """Those that may be given work; waits until there is one."""
+    def _ready(self, least: int = 1) -> list[Worker]:
+        """Those that may be given work; waits until there are so many."""
         self._admit()
-        while not (ready := [worker for worker in self.members if worker.joining is None]):
+        while len(ready := [worker for worker in self.members if worker.joining is None]) < least:
             self._wait(())
         return ready
 
@@ -265,24 +290,28 @@ class RolloutPool:
         ray.kill(worker.actor)  # Ray may only have lost sight of it
         name = f"{worker.name.partition('.')[0]}.{self.restarts}"
         log.warning("%s died: %s; %s takes its place (log: %s)", what, reason(error), name, worker.log)
-        self.members[self.members.index(worker)] = self._invited(Worker(name, self.hire(name)))
+        place = self.members.index(worker)
+        self.members[place] = self._invited(Worker(name, self.hire(name, place)))
         self._changed()
 
     def _wait(self, running: Iterable[Any]) -> list[Any]:
         """The answers that came; waits until one did or a worker joined."""
         awaited = list(running)
         joining = [worker.joining for worker in self.members if worker.joining is not None]
-        since = time.monotonic()
-        while not ray.wait([*awaited, *joining], num_returns=1, timeout=WAIT_REPORT_S)[0]:
-            log.warning(
-                "waiting for %d trees and %d workers since %.0f s",
-                len(awaited),
-                len(joining),
-                time.monotonic() - since,
-            )
+        since = told = time.monotonic()
+        while not ray.wait([*awaited, *joining], num_returns=1, timeout=TICK_S)[0]:
+            self._tell_who_has_no_place()
+            if (now := time.monotonic()) - told >= WAIT_REPORT_S:
+                told = now
+                log.warning("waiting for %d trees and %d workers since %.0f s", len(awaited), len(joining), now - since)
+        self._tell_who_has_no_place()
         self._admit()
         came: list[Any] = ray.wait(awaited, num_returns=len(awaited), timeout=0)[0] if awaited else []
         return came
+
+    def _tell_who_has_no_place(self) -> None:
+        if self.places is not None:
+            self.places.tell()
 
 
 def ask(method: str, *arguments: Any) -> Callable[[Any], Any]:

@@ -70,6 +70,14 @@ class SpreadEngine:
         """Of its own engine: every worker gets the weights itself."""
         await self.own.update_weights(update, keep_kv=keep_kv)
 
+    async def sleep(self) -> None:
+        """Of its own engine."""
+        await self.own.sleep()
+
+    async def wake(self) -> None:
+        """Of its own engine."""
+        await self.own.wake()
+
     def stats(self) -> EngineStats:
         """Of its own engine."""
         return self.own.stats()

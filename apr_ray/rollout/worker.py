@@ -39,6 +39,15 @@ def require_mode(mode: str, engine: str, keeps_kv: bool) -> None:
         )
 
 
+def require_sleep(mode: str, engine: str, sleeps: bool) -> None:
+    """Raise ConfigError where an engine cannot take turns with the learners, as `placement.mode` asks."""
+    if mode == "colocated" and not sleeps:
+        raise ConfigError(
+            f"placement.mode colocated has engines sleep while the learners train, which {engine} cannot here",
+            "Use placement.mode=disaggregated; SGLang sleeps on a GPU",
+        )
+
+
 def _exit_with_engine(reason: str) -> None:
     """End this process: an actor that outlives its engine would hold its place and answer nothing."""
     log.critical("the rollout worker ends with its engine: %s", reason)
@@ -98,6 +107,7 @@ class RolloutWorker:
         self.engine = self.new_engine(config, checkpoint)
         self.mode = config.weights.mode
         require_mode(self.mode, config.engine.name, self.engine.capabilities.keeps_kv)
+        require_sleep(config.placement.mode, config.engine.name, self.engine.capabilities.sleeps)
         self.lanes: Engine = self.engine
         self.received: WeightUpdate | None = None
         self.held: WeightUpdate | None = None
@@ -107,7 +117,8 @@ class RolloutWorker:
 
     def new_engine(self, config: Config, checkpoint: str) -> Engine:
         """The engine as configured; this process ends with it."""
-        return build_engine(config.engine, checkpoint, _exit_with_engine)
+        sleeps = config.placement.mode == "colocated"
+        return build_engine(config.engine, checkpoint, _exit_with_engine, sleeps=sleeps)
 
     async def join(self, source: WeightSource | None) -> str:
         """Take the pool's current weights, if they are not the checkpoint's; returns where this worker logs."""
@@ -158,6 +169,15 @@ class RolloutWorker:
         """The update that the engine runs, for a worker that joins late; None before the first. The second value says
         that this one lives, without the first being fetched."""
         return self.held, None
+
+    async def sleep(self) -> None:
+        """Give the engine's memory back. What still runs is of trees that nobody waits for: their worker died."""
+        await self.engine.abort("")
+        await self.engine.sleep()
+
+    async def wake(self) -> None:
+        """Take it again."""
+        await self.engine.wake()
 
     async def sample_for_check(
         self, number: int, prompt: tuple[int, ...], tokens: int, temperature: float

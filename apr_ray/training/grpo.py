@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats
 from apr_ray.metrics.mismatch import mismatch_metrics
 from apr_ray.metrics.trees import failure_reasons, staleness, tree_metrics
+from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import GrpoBatch, grpo_batch
 from apr_ray.rl.schedules import learning_rate
@@ -35,6 +37,7 @@ from apr_ray.threads.runtime import TreeRequest
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
+from apr_ray.training.turns import Turns
 from apr_ray.training.watch import Watch
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.registry import build_transport
@@ -51,18 +54,26 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
     run.truncate_metrics(state.metrics_rows)
     train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
     heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
-    with ray_session(config), tracked(config, run, state) as tracker:
+    with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as parts:
         learners = LearnerGroup.start(config, grpo.optimizer, str(start))
-        pool = RolloutPool.start(config, str(policy))  # not a checkpoint: those are removed in time
+        parts.callback(learners.stop)
+        if grpo.kl_coefficient:
+            learners.freeze_reference(str(policy))
+        if found:
+            learners.load(found[0])
+        turns = Turns(config, learners)
+        turns.engines()
+        # Not on a checkpoint: those are removed in time.
+        pool = RolloutPool.start(config, str(policy), beside=learners.places)
+        parts.callback(pool.stop)
         reward = RewardClient(config.task)
+        parts.callback(reward.stop)
         watch = Watch(config, run, tracker, heldout, bars)
         transport = build_transport(config.weights)
         rollouts = Rollouts(pool, train, config)
-        if grpo.kl_coefficient:
-            learners.freeze_reference(str(policy))
+        parts.callback(rollouts.stop)
         version = WeightVersion.parse(state.version)
         if found:
-            learners.load(found[0])
             transport.broadcast(learners, pool, version)
         else:
             watch.full_evaluation(pool, reward, 0)
@@ -86,7 +97,9 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 times.append(time.perf_counter())
                 made = batch_of(trees, grpo, version)
                 rate = learning_rate(grpo.optimizer, state.step, done())
+                turns.learn(pool)
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
+                turns.engines(pool)
                 times.append(time.perf_counter())
                 if on_disk and grpo.keep_batches != "off":
                     what = kept_step(config, state.step + 1, version, made, stats, str(policy))
@@ -119,8 +132,6 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                     on_disk = run.path / "checkpoints" / f"step-{state.step:06d}" / "policy"
         watch.full_evaluation(pool, reward, state.step)
         transport.close()
-        for part in (rollouts, learners, pool, reward):
-            part.stop()
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0], "final")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from apr_ray.config import Config
 from apr_ray.data.demonstrations import write_demonstrations
+from apr_ray.placement import training_needs
 from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.grpo import train_grpo
@@ -22,7 +23,7 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
     """
     task = load_task(config.task)
     data, sft, grpo = run.path / "data", run.path / "sft", run.path / "grpo"
-    with ray_session(config):
+    with ray_session(config, training_needs(config)):
         if not data.exists():
             with bars.bar("demonstrations", 1.0) as bar:
                 problems = task.problems("train", config.data.train_problems, config.run.seed)

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -15,6 +15,7 @@ from apr_ray.config import Config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.core.tracker import Tracker
 from apr_ray.engines.process_guard import ProcessGuard
+from apr_ray.placement import REWARD_CPUS, Need, require_room
 from apr_ray.tracking.trackers import build_tracker
 from apr_ray.training.run_dir import LoopState, RunDir, flat_params
 
@@ -35,17 +36,19 @@ class Clock:
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
+def ray_session(config: Config, needs: Sequence[Need] = ()) -> Iterator[None]:
     """Connect to Ray, or start a private one. All that runs there ends with the block, or with this process.
 
-    Does nothing inside another session.
+    Inside another session that one is used. Raises ConfigError where there can never be room for `needs`.
     """
     if ray.is_initialized():
+        require_room(needs, config)
         yield
         return
     start = _private_ray if config.ray.address is None else _cluster
     with start(config):
         try:
+            require_room(needs, config)
             yield
         finally:
             ray.shutdown()
@@ -70,7 +73,7 @@ def _private_ray(config: Config) -> Iterator[None]:
     needed = (
         config.rollout.workers * config.rollout.cpus_per_worker
         + config.learner.ranks * config.learner.cpus_per_rank
-        + 0.1
+        + REWARD_CPUS
         + config.data.workers * 0.5
     )
     guard = ProcessGuard()

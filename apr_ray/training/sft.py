@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 
 from apr_ray.config import Config
@@ -11,6 +12,7 @@ from apr_ray.core.weights import WeightVersion
 from apr_ray.data.demonstrations import Demonstrations, SftSampler
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import StepStats
+from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.schedules import learning_rate
 from apr_ray.rollout.pool import RolloutPool
@@ -18,6 +20,7 @@ from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
+from apr_ray.training.turns import Turns
 from apr_ray.training.watch import Watch
 from apr_ray.weights.registry import build_transport
 
@@ -42,10 +45,12 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     run.truncate_metrics(state.metrics_rows)
     evaluation = config.evaluation
     heldout = load_task(config.task).problems(evaluation.split, evaluation.during_training_problems, config.run.seed)
-    with ray_session(config), tracked(config, run, state) as tracker:
+    with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as parts:
         learners = LearnerGroup.start(config, sft.optimizer, config.init_from)
+        parts.callback(learners.stop)
         watch = Watch(config, run, tracker, heldout, bars)
         judge = _Judge(config, run, learners)
+        parts.callback(judge.stop)
         if found:
             learners.load(found[0])
         clock = Clock(state.elapsed_s)
@@ -88,10 +93,8 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                     state.elapsed_s, state.position = clock.elapsed_s(), dict(sampler.position)
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
-                        if due and watch.quick_evaluation(*judge.of(folder), state):
+                        if due and judge.finds_better(folder, watch, state):
                             run.keep_policy(folder, "best")
-        learners.stop()
-        judge.stop()
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0], "final")
@@ -118,17 +121,23 @@ class _Judge:
         self.learners = learners
         self.evaluations = 0
         self.transport = build_transport(config.weights)
+        self.turns = Turns(config, learners)
         self.parts: tuple[RolloutPool, RewardClient] | None = None
 
-    def of(self, checkpoint: Path) -> tuple[RolloutPool, RewardClient]:
-        """Both parts, the engines running the learners' present policy, which has just been saved in `checkpoint`."""
+    def finds_better(self, checkpoint: Path, watch: Watch, state: LoopState) -> bool:
+        """Evaluate the learners' present policy, which has just been saved in `checkpoint`; whether it is the best."""
         self.evaluations += 1
         if self.parts is None:
-            pool = RolloutPool.start(self.config, str(self.run.keep_policy(checkpoint, "judge")))
+            self.turns.engines()
+            policy = self.run.keep_policy(checkpoint, "judge")
+            pool = RolloutPool.start(self.config, str(policy), beside=self.learners.places)
             self.parts = pool, RewardClient(self.config.task)
         else:
+            self.turns.engines(self.parts[0])
             self.transport.broadcast(self.learners, self.parts[0], WeightVersion(0, self.evaluations))
-        return self.parts
+        improved = watch.quick_evaluation(*self.parts, state)
+        self.turns.learn(self.parts[0])
+        return improved
 
     def stop(self) -> None:
         for part in self.parts or ():

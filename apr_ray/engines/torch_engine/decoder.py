@@ -94,7 +94,7 @@ class Span:
 
 
 class Decoder:
-    """Weights and KV slots of one model; `forward` appends tokens to slots.
+    """Weights and KV slots of one model; `forward` appends tokens to slots, between `allocate` and `free`.
 
     Args:
         shape: sizes.
@@ -105,14 +105,26 @@ class Decoder:
     def __init__(self, shape: DecoderShape, slots: int, context: int, device: str = "cpu") -> None:
         self.shape = shape
         self.device = torch.device(device)
-        size = (shape.layers, slots, shape.kv_heads, context, shape.head_size)
-        # numpy's zeros take memory as it is touched, in huge pages where the system has them
-        self.keys, self.values = (torch.from_numpy(np.zeros(size, dtype=np.float32)).to(self.device) for _ in "kv")
+        self.kv_size = (shape.layers, slots, shape.kv_heads, context, shape.head_size)
+        self.allocate()
         half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
         angles = torch.outer(torch.arange(context, dtype=torch.float32), shape.rope_theta**-half)
         self.cos = angles.cos().to(self.device)[:, None]
         self.sin = angles.sin().to(self.device)[:, None]
         self.columns = torch.arange(context, device=self.device)
+
+    def allocate(self) -> None:
+        """Make the KV slots, which hold nothing."""
+        # numpy's zeros take memory as it is touched, in huge pages where the system has them
+        self.keys, self.values = (
+            torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32)).to(self.device) for _ in "kv"
+        )
+
+    def free(self) -> None:
+        """Give the memory of the KV slots back to the system."""
+        self.keys = self.values = torch.empty(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Take over weights by Hugging Face names; the caller has checked them."""

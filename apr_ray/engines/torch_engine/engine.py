@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest, SamplingParams
-from apr_ray.core.errors import AprError
+from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, Span
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
@@ -111,6 +111,7 @@ class TorchEngine:
         self.kv_lengths = np.zeros(slots, dtype=np.int64)  # of which the KV is computed
         self.kv_epochs = np.zeros(slots, dtype=np.int64)  # under which weights, counted by updates
         self.epoch = 0
+        self.asleep = False
         self.cohorts = np.zeros(max_sequences, dtype=np.int64)
         self.last_used = np.zeros(slots, dtype=np.int64)
         self.active: list[Running] = []  # active[i] runs in row i
@@ -121,7 +122,12 @@ class TorchEngine:
         self._clock = 0
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "sampled_tokens", "steps"), 0)
         self.capabilities = Capabilities(
-            seeds=True, deterministic=deterministic, in_flight_update=True, keeps_kv=True, priorities=True
+            seeds=True,
+            deterministic=deterministic,
+            in_flight_update=True,
+            keeps_kv=True,
+            priorities=True,
+            sleeps=True,
         )
         if deterministic:
             self._require_equal_rows()
@@ -152,6 +158,8 @@ class TorchEngine:
             running.abort = True  # a no-op for a finished request
 
     def _submit(self, request: GenerateRequest) -> Running:
+        if self.asleep:
+            raise EngineAsleep
         prompt = np.asarray(request.prompt_ids, dtype=np.int64)
         if len(prompt) == 0:
             raise AprError(f"request {request.request_id} has an empty prompt", "Give at least one token")
@@ -184,6 +192,8 @@ class TorchEngine:
     async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
         """See `core.engine.Engine.update_weights`. Decoding goes on during the check, which takes most of the time."""
         async with self._updating:
+            if self.asleep:
+                raise EngineAsleep
             await asyncio.to_thread(check_update, update, self.expected, self.version)
             for running in self.active:
                 self._flush(running)  # a chunk never spans two versions
@@ -196,6 +206,23 @@ class TorchEngine:
                 self.kv_epochs[:rows] = self.epoch
                 for running in self.active:
                     running.kv_version = self.version
+
+    async def sleep(self) -> None:
+        """See `core.engine.Engine.sleep`. Its weights stay: the KV slots are most of the memory."""
+        async with self._updating:
+            if going_on := [name for name, running in self.by_id.items() if not running.abort]:
+                raise AprError(f"{len(going_on)} requests run, {going_on[0]} first", "Let them end, or abort them")
+            self.asleep = True
+            if self._loop_task is not None:
+                await asyncio.wait([self._loop_task])  # what was aborted still holds rows
+            self.kv_lengths[:] = 0
+            self.decoder.free()
+
+    async def wake(self) -> None:
+        """See `core.engine.Engine.wake`."""
+        if self.asleep:
+            self.decoder.allocate()
+            self.asleep = False
 
     def stats(self) -> EngineStats:
         """Counters since start."""
