@@ -25,8 +25,9 @@ from apr_ray.rl.batches import grpo_batch
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.grpo import fresh_groups, group, sample_trees, train_grpo
+from apr_ray.training.grpo import fresh_groups, group, train_grpo
 from apr_ray.training.quickstart import run_quickstart
+from apr_ray.training.rollouts import sample_trees
 from apr_ray.training.run_dir import RunDir
 from apr_ray.training.sft import train_sft
 from apr_ray.training.watch import Watch

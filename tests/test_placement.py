@@ -23,7 +23,8 @@ from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.worker import require_sleep
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.grpo import sample_trees, train_grpo
+from apr_ray.training.grpo import train_grpo
+from apr_ray.training.rollouts import sample_trees
 from apr_ray.training.run_dir import RunDir
 
 CPUS = 4.0

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apr_ray.config import Config, GrpoConfig
 from apr_ray.core.errors import MismatchError
-from apr_ray.core.ledger import Group, Problem, ThreadTree
+from apr_ray.core.ledger import Group, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import tree_seed
 from apr_ray.evaluation.kept_batch import KeptStep, Reported, keep_batch
@@ -33,30 +32,41 @@ from apr_ray.rl.batches import GrpoBatch, grpo_batch
 from apr_ray.rl.schedules import learning_rate
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.registry import load_task
-from apr_ray.threads.runtime import TreeRequest
 from apr_ray.tracking.progress import ProgressBars
+from apr_ray.training.rollouts import Rollouts
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
 from apr_ray.training.turns import Turns
 from apr_ray.training.watch import Watch
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.registry import build_transport
+from apr_ray.weights.transport import Transport
 
 
-def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) -> Path:
-    """Train until `grpo.steps` or `grpo.max_minutes`, from `policy`; returns the final policy's folder."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that works on a run."""
+
+    learners: LearnerGroup
+    pool: RolloutPool
+    reward: RewardClient
+    transport: Transport
+    turns: Turns
+    rollouts: Rollouts
+    watch: Watch
+
+
+@contextmanager
+def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: ProgressBars) -> Iterator[Parts]:
+    """Start all parts, on the newest checkpoint or on `policy`; they end with the block, however it ends."""
     grpo, seed = config.grpo, config.run.seed
     task = load_task(config.task)
-    found = run.latest()
-    state = found[1] if found else LoopState()
-    start = found[0] / "policy" if found else policy
-    on_disk: Path | None = start  # the learners' present weights, where a checkpoint holds them
-    run.truncate_metrics(state.metrics_rows)
     train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
     heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
-    with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as parts:
-        learners = LearnerGroup.start(config, grpo.optimizer, str(start))
-        parts.callback(learners.stop)
+    found = run.latest()
+    with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as ends:
+        learners = LearnerGroup.start(config, grpo.optimizer, str(found[0] / "policy" if found else policy))
+        ends.callback(learners.stop)
         if grpo.kl_coefficient:
             learners.freeze_reference(str(policy))
         if found:
@@ -65,19 +75,31 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         turns.engines()
         # Not on a checkpoint: those are removed in time.
         pool = RolloutPool.start(config, str(policy), beside=learners.places)
-        parts.callback(pool.stop)
+        ends.callback(pool.stop)
         reward = RewardClient(config.task)
-        parts.callback(reward.stop)
-        watch = Watch(config, run, tracker, heldout, bars)
-        transport = build_transport(config.weights)
+        ends.callback(reward.stop)
         rollouts = Rollouts(pool, train, config)
-        parts.callback(rollouts.stop)
-        version = WeightVersion.parse(state.version)
+        ends.callback(rollouts.stop)
+        watch = Watch(config, run, tracker, heldout, bars)
+        yield Parts(learners, pool, reward, build_transport(config.weights), turns, rollouts, watch)
+
+
+def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) -> Path:
+    """Train until `grpo.steps` or `grpo.max_minutes`, from `policy`; returns the final policy's folder."""
+    grpo, found = config.grpo, run.latest()
+    state = found[1] if found else LoopState()
+    run.truncate_metrics(state.metrics_rows)
+    version = WeightVersion.parse(state.version)
+    on_disk: Path | None = (
+        found[0] / "policy" if found else policy
+    )  # where the learners' present weights lie, if at all
+    how = GrpoStep.of(grpo)
+    with parts_of(config, run, policy, state, bars) as parts:
+        learners, pool, watch = parts.learners, parts.pool, parts.watch
         if found:
-            transport.broadcast(learners, pool, version)
+            parts.transport.broadcast(learners, pool, version)
         else:
-            watch.full_evaluation(pool, reward, 0)
-        how = GrpoStep.of(grpo)
+            watch.full_evaluation(pool, parts.reward, 0)
         clock = Clock(state.elapsed_s)
 
         def done() -> float:
@@ -86,29 +108,26 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         with bars.bar("GRPO", 1.0) as bar:
             while done() < 1:
                 times = [time.perf_counter()]
-                trees, rollout_s = rollouts.take(state.step)
+                trees, rollout_s = parts.rollouts.take(state.step)
                 due = (state.step + 1) % grpo.eval_every == 0
                 if grpo.overlap and not due and state.step + 1 < grpo.steps:  # an evaluation has the engines to itself
-                    rollouts.begin(state.step + 1)
+                    parts.rollouts.begin(state.step + 1)
                 times.append(time.perf_counter())
-                trees = reward.score([p for p in rollouts.problems(state.step) for _ in range(grpo.group_size)], trees)
-                if grpo.reward == "random":
-                    trees = randomly_rewarded(trees, seed, state.step)
+                trees = rewarded(trees, parts, config, state.step)
                 times.append(time.perf_counter())
                 made = batch_of(trees, grpo, version)
                 rate = learning_rate(grpo.optimizer, state.step, done())
-                turns.learn(pool)
+                parts.turns.learn(pool)
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
-                turns.engines(pool)
+                parts.turns.engines(pool)
                 times.append(time.perf_counter())
                 if on_disk and grpo.keep_batches != "off":
                     what = kept_step(config, state.step + 1, version, made, stats, str(policy))
                     keep_batch(run.path, what, trees, on_disk, only_newest=grpo.keep_batches == "last")
                 if config.weights.mode != "in_flight":  # else older KV makes a difference of its own
                     check_mismatch(stats, version, config.weights.mismatch_tolerance)
-                measured = version
-                version = version.next()
-                transport.broadcast(learners, pool, version)
+                measured, version = version, version.next()
+                parts.transport.broadcast(learners, pool, version)
                 prompts = [t.calls[0].prompt_ids for t in trees[:: grpo.group_size]][: config.weights.check_calls]
                 delta = check_engines(learners, pool, prompts, grpo.temperature, config.weights, version)
                 times.append(time.perf_counter())
@@ -122,68 +141,31 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
                 bar.update(min(1.0, done()), note)
                 last = done() >= 1
+                improved = due and not last and watch.quick_evaluation(pool, parts.reward, state)
                 on_disk = None
-                improved = due and not last and watch.quick_evaluation(pool, reward, state)
                 if improved or last or state.step % grpo.save_every == 0:
-                    with run.checkpoint(state) as folder:
-                        learners.save(folder)
-                        if improved:
-                            run.keep_policy(folder, "best")
-                    on_disk = run.path / "checkpoints" / f"step-{state.step:06d}" / "policy"
-        watch.full_evaluation(pool, reward, state.step)
-        transport.close()
+                    on_disk = save(run, learners, state, improved)
+        watch.full_evaluation(pool, parts.reward, state.step)
+        parts.transport.close()
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0], "final")
 
 
-class Rollouts:
-    """The trees of each step, which may begin before they are asked for (`grpo.overlap`)."""
-
-    def __init__(self, pool: RolloutPool, train: Sequence[Problem], config: Config) -> None:
-        self.pool = pool
-        self.train = train
-        self.config = config
-        self.thread = ThreadPoolExecutor(1, "rollouts")
-        self.begun: dict[int, Future[tuple[list[ThreadTree], float]]] = {}
-
-    def problems(self, step: int) -> Sequence[Problem]:
-        """Those of one step."""
-        first = step * self.config.grpo.problems_per_step
-        return self.train[first : first + self.config.grpo.problems_per_step]
-
-    def begin(self, step: int) -> None:
-        """Start a step's trees."""
-        self.begun[step] = self.thread.submit(self._sample, step)
-
-    def take(self, step: int) -> tuple[list[ThreadTree], float]:
-        """A step's trees, and the seconds that they took."""
-        if step not in self.begun:
-            return self._sample(step)
-        return self.begun.pop(step).result()
-
-    def stop(self) -> None:
-        """Let the thread go; trees that nobody asked for are dropped."""
-        self.thread.shutdown(wait=False, cancel_futures=True)
-
-    def _sample(self, step: int) -> tuple[list[ThreadTree], float]:
-        start = time.perf_counter()
-        trees = sample_trees(self.pool, self.problems(step), self.config, step)
-        return trees, time.perf_counter() - start
+def save(run: RunDir, learners: LearnerGroup, state: LoopState, improved: bool) -> Path:
+    """A checkpoint, and the policy as the best so far where it is; returns where the policy lies."""
+    with run.checkpoint(state) as folder:
+        learners.save(folder)
+        if improved:
+            run.keep_policy(folder, "best")
+    return run.path / "checkpoints" / f"step-{state.step:06d}" / "policy"
 
 
-def sample_trees(pool: RolloutPool, problems: Sequence[Problem], config: Config, step: int) -> list[ThreadTree]:
-    """`group_size` trees per problem, in the order (problem, sample)."""
-    grpo = config.grpo
-    requests = [
-        TreeRequest(
-            p, s, tree_seed(config.run.seed, f"step-{step}", p.key, s), grpo.temperature, budget=config.rollout.budget
-        )
-        for p in problems
-        for s in range(grpo.group_size)
-    ]
-    ended = dict(pool.run(requests))
-    return [ended[i] for i in range(len(requests))]
+def rewarded(trees: Sequence[ThreadTree], parts: Parts, config: Config, step: int) -> list[ThreadTree]:
+    """A step's trees with their rewards."""
+    problems = [p for p in parts.rollouts.problems(step) for _ in range(config.grpo.group_size)]
+    scored = parts.reward.score(problems, trees)
+    return scored if config.grpo.reward == "task" else randomly_rewarded(scored, config.run.seed, step)
 
 
 def randomly_rewarded(trees: Sequence[ThreadTree], seed: int, step: int) -> list[ThreadTree]:

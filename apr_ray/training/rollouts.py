@@ -1,0 +1,62 @@
+"""The trees of each step, which may be drawn one step ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from apr_ray.config import Config
+from apr_ray.core.ledger import Problem, ThreadTree
+from apr_ray.evaluation.evaluate import tree_seed
+from apr_ray.rollout.pool import RolloutPool
+from apr_ray.threads.runtime import TreeRequest
+
+
+class Rollouts:
+    """The trees of each step, which may begin before they are asked for (`grpo.overlap`)."""
+
+    def __init__(self, pool: RolloutPool, train: Sequence[Problem], config: Config) -> None:
+        self.pool = pool
+        self.train = train
+        self.config = config
+        self.thread = ThreadPoolExecutor(1, "rollouts")
+        self.begun: dict[int, Future[tuple[list[ThreadTree], float]]] = {}
+
+    def problems(self, step: int) -> Sequence[Problem]:
+        """Those of one step."""
+        first = step * self.config.grpo.problems_per_step
+        return self.train[first : first + self.config.grpo.problems_per_step]
+
+    def begin(self, step: int) -> None:
+        """Start a step's trees."""
+        self.begun[step] = self.thread.submit(self._sample, step)
+
+    def take(self, step: int) -> tuple[list[ThreadTree], float]:
+        """A step's trees, and the seconds that they took."""
+        if step not in self.begun:
+            return self._sample(step)
+        return self.begun.pop(step).result()
+
+    def stop(self) -> None:
+        """Let the thread go; trees that nobody asked for are dropped."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def _sample(self, step: int) -> tuple[list[ThreadTree], float]:
+        start = time.perf_counter()
+        trees = sample_trees(self.pool, self.problems(step), self.config, step)
+        return trees, time.perf_counter() - start
+
+
+def sample_trees(pool: RolloutPool, problems: Sequence[Problem], config: Config, step: int) -> list[ThreadTree]:
+    """`group_size` trees per problem, in the order (problem, sample)."""
+    grpo = config.grpo
+    requests = [
+        TreeRequest(
+            p, s, tree_seed(config.run.seed, f"step-{step}", p.key, s), grpo.temperature, budget=config.rollout.budget
+        )
+        for p in problems
+        for s in range(grpo.group_size)
+    ]
+    ended = dict(pool.run(requests))
+    return [ended[i] for i in range(len(requests))]
