@@ -26,7 +26,7 @@ from apr_ray.core.batch import TrainBatch
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.ledger import Call, Group, Outcome, Replaced, Spawn, ThreadTree
 from apr_ray.core.weights import WeightVersion
-from apr_ray.rl.advantages import Z_SCORE_EPS
+from apr_ray.rl.advantages import Z_SCORE_EPS, AdvantageKind
 from apr_ray.rl.batches import LossMean, grpo_batch, sft_batch
 from apr_ray.rl.losses import grpo_loss, log_ratio, sft_loss, token_entropy, token_logprobs
 from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
@@ -202,13 +202,15 @@ def estimate(
     loss_mean: LossMean = "call",
     proximal: Array | None = None,
     correction: Correction | None = None,
+    advantage_kind: AdvantageKind = "group",
 ) -> tuple[Array, Any]:
     """Minus the gradient of the loss of a batch of groups, by the real code, and the loss. With a proximal policy the
     ratio is against it."""
     drawn_groups = [
         Group("p", tuple(change(ledger(tree, probabilities(behaviour))) for tree in group)) for group in groups
     ]
-    batch = grpo_batch(drawn_groups, skip_zero_advantage=False, loss_mean=loss_mean).batch
+    made = grpo_batch(drawn_groups, skip_zero_advantage=False, loss_mean=loss_mean, advantage_kind=advantage_kind)
+    batch = made.batch
     logits = torch.tensor(policy, requires_grad=True)
     tokens = padded(batch, batch.tokens)
     seen = table_logits(logits, tokens)
@@ -314,6 +316,13 @@ def test_length_normalisation_is_a_bias_and_its_size_is_that_of_the_formula() ->
     close(found - true, mean_over(TREES, p, missing))
     assert 0.1 < sine(found, true) < 0.5
     close(expected(BANDIT, 2, POLICY, POLICY), mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p)))
+
+
+def test_rewards_as_advantages_give_the_mean_of_reward_times_weighted_score() -> None:
+    """Rejection sampling: nothing is compared, so the mean of the score is not taken off."""
+    found = expected(TREES, 2, POLICY, POLICY, advantage_kind="success")
+    p = probabilities(POLICY)
+    close(found, mean_over(TREES, p, lambda tree: tree.reward * weighted(tree, p)))
 
 
 def tokens_of(tree: Toy) -> int:
