@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SGLANG := $(VENV)/.sglang
+SGLANG := $(VENV)/sglang
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -17,12 +17,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-# SGLang on the CPU, for tests: without its CUDA dependencies.
-sglang: $(SGLANG)
+# SGLang on the CPU, for tests: without its CUDA dependencies, and in a folder that only tests put on their path. Beside
+# a CPU build of torch its torchvision does not load, on which transformers, and so every command, would fail.
+sglang: $(SGLANG)/.ready
 
-$(SGLANG): $(READY) constraints-sglang.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-sglang.txt
-	touch $(SGLANG)
+$(SGLANG)/.ready: $(READY) constraints-sglang.txt
+	rm -rf $(SGLANG)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SGLANG) -r constraints-sglang.txt
+	touch $@
 
 quickstart: venv
 	$(BIN)/apr-ray quickstart
@@ -38,6 +40,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 docs: venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"

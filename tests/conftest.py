@@ -21,6 +21,7 @@ from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
 
 SGLANG_CPU = Path(__file__).parent / "sglang_cpu"
+SGLANG = Path(sys.prefix) / "sglang"  # where `make sglang` puts it
 TASK = {
     "space": {"count": 3, "low": 1, "high": 12, "target_low": 1, "target_high": 60, "heldout_fraction": 0.2},
     "solver": {"beam_low": 1, "beam_high": 3, "child_beam_high": 4, "promising": 0.7},
@@ -97,8 +98,9 @@ def pytest_configure() -> None:
 def allow_sglang_on_a_cpu() -> None:
     """Let this process and all it starts import SGLang without its CUDA kernels; see `tests/sglang_cpu/`."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SGLANG_CPU), os.environ.get("PYTHONPATH"))))
-    sys.path.append(str(SGLANG_CPU))
+    folders = [str(SGLANG_CPU), str(SGLANG)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*folders, os.environ.get("PYTHONPATH"))))
+    sys.path += folders
     spec = importlib.util.spec_from_file_location("sglang_cpu_hook", SGLANG_CPU / "sitecustomize.py")
     assert spec is not None
     assert spec.loader is not None
