@@ -59,21 +59,18 @@ def quickstart(
     overrides: Overrides = None,
     fast: Annotated[bool, typer.Option("--fast", help="A smoke run of a few minutes; it does not learn.")] = False,
     long: Annotated[bool, typer.Option("--long", help="About an hour and a half.")] = False,
+    config: Files = None,
     resume: Resume = None,
 ) -> None:
-    """The whole pipeline on this machine: demonstrations, supervised training, GRPO, a report."""
+    """The whole pipeline: demonstrations, supervised training, GRPO, a report."""
     from apr_ray.evaluation.report import write_report
     from apr_ray.tracking.progress import ProgressBars
     from apr_ray.training.quickstart import run_quickstart
-    from apr_ray.training.run_dir import RunDir
 
     if fast and long:
         raise ConfigError("--fast and --long exclude each other", "Give one of them")
-    if resume is not None:
-        run = RunDir.resume(resume)
-    else:
-        names = ["quickstart", *(["quickstart-fast"] if fast else []), *(["quickstart-long"] if long else [])]
-        run = RunDir.create(_config(names, overrides), "quickstart")
+    presets = ["quickstart", *(["quickstart-fast"] if fast else []), *(["quickstart-long"] if long else [])]
+    run = _run([*(presets if resume is None else []), *(config or [])], overrides, resume, "quickstart")
     if fast:
         _console().print("[yellow]--fast is a smoke run: it shows that every part works, not that the model learns.[/]")
     grpo = run_quickstart(run.config, run, ProgressBars())
@@ -142,8 +139,6 @@ def train(
 
     begin = [f"init_from={find_policy(init).resolve()}"] if init else []
     run = _run(config, [*(overrides or []), *begin], resume, "train")
-    if run.config.init_from is None:
-        raise ConfigError("no policy to begin with", "Give --init CHECKPOINT; make one with apr-ray sft")
     policy = train_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
     _final_table(run.path)
     _next(f"apr-ray eval {_short(policy)}", f"apr-ray trace {_short(run.path)}")
@@ -166,12 +161,13 @@ def evaluate_command(
     from apr_ray.tasks.registry import load_task
     from apr_ray.tracking.progress import ProgressBars
     from apr_ray.training.run_dir import config_of, find_policy
-    from apr_ray.training.session import ray_session
+    from apr_ray.training.session import ray_session, require_startable
 
     policy = find_policy(model)
     beside = config_of(policy)  # the run's own bounds and engine, unless told otherwise
     settings = _config([*([str(beside)] if beside else []), *(config or [])], overrides)
     settings = settings.model_copy(update={"task": read_task(policy)})
+    require_startable(settings, policy)
     what = settings.evaluation
     problems = load_task(settings.task).problems(what.split, what.problems, settings.run.seed)
     rows: list[tuple[str, str, str]] = []
@@ -304,11 +300,17 @@ def config_validate(overrides: Overrides = None, config: Files = None) -> None:
 
 
 def _run(files: Sequence[str] | None, overrides: Sequence[str] | None, resume: Path | None, command: str) -> Any:
-    from apr_ray.training.run_dir import RunDir
+    """The run folder to go on with, or a new one, which is made only for a run that can start."""
+    from apr_ray.training.run_dir import RunDir, find_policy
+    from apr_ray.training.session import require_startable
 
-    if resume is None:
-        return RunDir.create(_config(files, overrides), command)
-    return RunDir.resume(resume, _config([str(resume / "config.yaml"), *(files or [])], overrides))
+    saved = [] if resume is None else [str(resume / "config.yaml")]
+    settings = _config([*saved, *(files or [])], overrides)
+    policy = find_policy(Path(settings.init_from)) if settings.init_from else None
+    if policy is None and command == "train":
+        raise ConfigError("no policy to begin with", "Give --init CHECKPOINT; make one with apr-ray sft")
+    require_startable(settings, policy)
+    return RunDir.create(settings, command) if resume is None else RunDir.resume(resume, settings)
 
 
 def _console(stderr: bool = True) -> Any:
@@ -359,12 +361,20 @@ def explain(error: BaseException) -> str | None:
             return inner
     if isinstance(error, AprError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" ({error.filename})" if error.filename else ""
+    if _says_disk_full(error):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}. Free space and go on with --resume: the last complete checkpoint is untouched"
     if isinstance(error, OSError) and error.errno == errno.EACCES:
         return f"no permission for {error.filename}. Choose another run.root"
     return None
+
+
+def _says_disk_full(error: BaseException) -> bool:
+    """Python, Arrow and DeepSpeed raise OSError; safetensors and SQLite errors of their own, and Ray may know only the
+    text of what an actor raised."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(text in str(error) for text in (os.strerror(errno.ENOSPC), "database or disk is full"))
 
 
 def main() -> None:

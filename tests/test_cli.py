@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import apr_ray
-from apr_ray.config import TaskConfig
+from apr_ray.config import load_config
 from apr_ray.core.errors import AprError
+from apr_ray.training.session import require_startable
 
 COMMAND = [sys.executable, "-m", "apr_ray.cli"]
 
@@ -50,14 +55,12 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     ("arguments", "message"),
     [
         (["config", "validate", "grpo.stepz=1"], "Did you mean 'steps'?"),
-        (["config", "validate", "rollout.workers=0"], "rollout.workers: Input should be greater than or equal to 1"),
         (["config", "show", "-c", "nope"], "Presets: paper-apr"),
         (["trace", "{checkpoint}", "--problem", "1 1 1 -> 100"], "100 cannot be reached from 1, 1, 1"),
         (["trace", "{checkpoint}", "--problem", "nonsense"], 'Write it as "3 5 7 -> 22"'),
         (["trace", "{tmp}"], "no recorded trees"),
         (["eval", "{tmp}"], "no checkpoint in"),
         (["sft", "--data", "{tmp}", "run.root={tmp}", "tracking.tracker=none"], "no Parquet files"),
-        (["train", "run.root={tmp}", "run.name=a"], "no policy to begin with"),
         (["quickstart", "--fast", "--long"], "exclude each other"),
         (["bench", "nope"], "Choose one of engine, learner, oracle, rollout"),
         (["vectors", "{tmp}"], "is missing"),
@@ -76,29 +79,50 @@ def test_debug_shows_the_traceback() -> None:
     assert "unknown config key 'a'" in done.stderr
 
 
-def test_a_busy_dashboard_port_is_named_before_ray_starts(tmp_path: Path) -> None:
-    import socket
-
+@pytest.fixture
+def busy_port() -> Iterator[int]:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
-        port = busy.getsockname()[1]
-        done = run("data", "--out", str(tmp_path / "d"), f"ray.dashboard_port={port}", "data.train_problems=5")
-    assert f"ray.dashboard_port {port} is in use" in one_line_error(done)
+        yield busy.getsockname()[1]
 
 
-def test_a_checkpoint_with_another_vocabulary_is_refused(
-    tmp_path: Path, checkpoint: Path, task_config: TaskConfig
-) -> None:
-    import json
-    import shutil
-
+@pytest.fixture
+def of_another_vocabulary(tmp_path: Path, checkpoint: Path) -> Path:
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
-    message = one_line_error(run("trace", str(other), "--problem", "3 5 7 -> 22"))
-    assert "has a vocabulary of 60, the task's has 57" in message
+    return other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickstart", "ray.dashboard_port={port}"], "ray.dashboard_port {port} is in use. Choose a free port"),
+        (["quickstart", "engine.name=vllm"], "engine 'vllm' is not part of this version. Use engine.name=torch"),
+        (["train", "--init", "{other}"], "has a vocabulary of 60, the task's has 57. Give a checkpoint trained with"),
+        (["eval", "{other}"], "has a vocabulary of 60, the task's has 57"),
+        (["trace", "{other}", "--problem", "3 5 7 -> 22"], "has a vocabulary of 60, the task's has 57"),
+        (["train"], "no policy to begin with. Give --init"),
+        (["quickstart", "rollout.workers=0"], "rollout.workers: Input should be greater than or equal to 1 (got 0)"),
+    ],
+)
+def test_what_cannot_run_is_named_before_anything_starts(
+    arguments: list[str], message: str, tmp_path: Path, busy_port: int, of_another_vocabulary: Path
+) -> None:
+    runs = tmp_path / "runs"
+    fill = {"runs": runs, "port": busy_port, "other": of_another_vocabulary}
+    root = [f"run.root={runs}"] if arguments[0] != "trace" else []
+    done = run(*(a.format(**fill) for a in arguments), *root)
+    assert message.format(**fill) in one_line_error(done)
+    assert not runs.exists(), "a run folder was made"
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    with pytest.raises(AprError, match=r"is sglang, but sglang is not installed\. pip install 'apr-ray\[sglang\]'"):
+        require_startable(load_config([], ["engine.name=sglang"]))
 
 
 def test_trace_prints_a_tree_as_lanes(checkpoint: Path) -> None:

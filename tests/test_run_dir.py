@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from apr_ray.cli import explain
 from apr_ray.config import Config, load_config
@@ -46,7 +50,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed writer may still hold its file
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk: Path) -> None:
@@ -65,6 +69,65 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk: Path) -> None:
     assert found[1].step == 1
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000001"], "the half checkpoint is gone"
     write(run, 2)
+
+
+def fill_up(disk: Path, spare_bytes: int) -> None:
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - spare_bytes))
+
+
+def with_safetensors(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1 << 20)}, folder / "model.safetensors")
+
+
+def with_torch(folder: Path) -> None:
+    import torch
+
+    torch.save({"w": torch.zeros(1 << 20)}, folder / "optimizer.pt")
+
+
+def with_arrow(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"a": os.urandom(4 << 20)[:: 1 << 20], "b": [os.urandom(1 << 20)] * 4}), folder / "a")
+
+
+def with_sqlite(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        database.execute("create table a (b blob)")
+        database.execute("insert into a values (zeroblob(4000000))")
+
+
+@pytest.mark.parametrize("save", [with_safetensors, with_torch, with_arrow, with_sqlite])
+def test_every_writer_names_a_full_disk(small_disk: Path, save: Callable[[Path], None]) -> None:
+    """Each has an error of its own; one of them does not say what it is."""
+    run = run_in(small_disk)
+    fill_up(small_disk, 1 << 17)
+
+    def write_too_much() -> None:
+        with run.checkpoint(LoopState(step=1)) as folder:
+            save(folder)
+
+    with pytest.raises((OSError, SafetensorError, sqlite3.Error)) as caught:
+        write_too_much()
+    assert str(explain(caught.value)).startswith("the disk is full")
+    assert run.latest() is None
+
+
+def test_a_run_that_does_not_fit_leaves_no_folder(small_disk: Path) -> None:
+    fill_up(small_disk, 0)
+    with pytest.raises(AprError, match=r"No space left on device\. Free space, or choose another run\.root"):
+        run_in(small_disk)
+    assert [p.name for p in small_disk.iterdir()] == ["ballast"]
+
+
+def test_a_resumed_run_reaches_ray_as_it_is_told_now(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    told = load_config([run.path / "config.yaml"], ["ray.address=auto", "tracking.tracker=none"])
+    assert RunDir.resume(run.path, told).config == told
 
 
 def test_a_changed_config_is_refused_by_naming_the_difference(tmp_path: Path) -> None:

@@ -35,13 +35,14 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
         if not policy.exists():
             policy = train_sft(config, _phase(run, "sft"), data, bars)
         if not (grpo / "final").exists():
-            train_grpo(config, _phase(run, "grpo"), policy, bars)
+            train_grpo(config, _phase(run, "grpo", policy), policy, bars)
     return grpo
 
 
-def _phase(run: RunDir, name: str) -> RunDir:
-    """A phase is a run of its own, in a folder of the quickstart's."""
+def _phase(run: RunDir, name: str, policy: Path | None = None) -> RunDir:
+    """A phase is a run of its own, in a folder of the quickstart's; `policy` is what it begins with."""
     if (run.path / name / "config.yaml").exists():
         return RunDir.resume(run.path / name)
     section = run.config.run.model_copy(update={"root": str(run.path.parent), "name": f"{run.path.name}/{name}"})
-    return RunDir.create(run.config.model_copy(update={"run": section}), name)
+    init_from = str(policy) if policy else run.config.init_from
+    return RunDir.create(run.config.model_copy(update={"run": section, "init_from": init_from}), name)

@@ -15,6 +15,7 @@ such hidden ones, which `resume` removes.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ from apr_ray.metrics.names import is_known
 from apr_ray.model.llama import replace_directory
 
 KEPT_CHECKPOINTS = 2
+FULL_BYTES = 1 << 16
+"""A disk with less free than this is full."""
 
 
 @dataclass(slots=True)
@@ -79,24 +82,28 @@ class RunDir:
         path = Path(config.run.root).resolve() / name
         try:
             path.mkdir(parents=True)
+            _write(path / "config.yaml", to_yaml(config))
         except FileExistsError as error:
             raise AprError(f"run folder {path} exists", "Go on with --resume, or choose another run.name") from error
         except OSError as error:
-            raise AprError(f"cannot make run folder {path}: {error.strerror}", "Choose another run.root") from error
-        _write(path / "config.yaml", to_yaml(config))
+            shutil.rmtree(path, ignore_errors=True)
+            remedy = "Free space, or choose another run.root"
+            raise AprError(f"cannot make run folder {path}: {error.strerror}", remedy) from error
         return cls(path, config)
 
     @classmethod
     def resume(cls, path: Path, config: Config | None = None) -> RunDir:
-        """An existing folder. Raises ConfigError naming what differs where `config` is not the one it was run with."""
+        """An existing folder. Raises ConfigError naming what differs where `config` is not the one it was run with.
+
+        Where a run lies, how Ray is reached and what watches it may differ: the last two are then `config`'s.
+        """
         file = path / "config.yaml"
         if not file.is_file():
             raise AprError(f"{path} is no run folder (config.yaml is missing)", "Give a folder under run.root")
         saved = load_config([file])
         if config is not None:
-            # Where a run lies and how it is watched may change; what it computes may not.
-            free = {"run": saved.run, "ray": config.ray, "tracking": config.tracking}
-            changed = differences(saved.model_copy(update=free), config.model_copy(update={"run": saved.run}))
+            saved = saved.model_copy(update={"ray": config.ray, "tracking": config.tracking})
+            changed = differences(saved, config.model_copy(update={"run": saved.run}))
             if changed:
                 raise ConfigError(
                     f"{path} was run with another config: {'; '.join(changed)}", "Resume without these changes"
@@ -147,8 +154,11 @@ class RunDir:
             state.metrics_rows = len(self.metrics())
             _write(partial / "state.json", json.dumps(asdict(state), indent=1))
             replace_directory(partial, final)
-        except BaseException:
+        except BaseException as error:
+            is_full = shutil.disk_usage(folder).free < FULL_BYTES
             shutil.rmtree(partial, ignore_errors=True)
+            if is_full:  # which torch.save does not say
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
             raise
         for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -15,7 +16,10 @@ from apr_ray.config import Config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.core.tracker import Tracker
 from apr_ray.engines.process_guard import ProcessGuard
+from apr_ray.engines.registry import require_engine
+from apr_ray.model.llama import require_vocabulary
 from apr_ray.placement import REWARD_CPUS, Need, require_room
+from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.trackers import build_tracker
 from apr_ray.training.run_dir import LoopState, RunDir, flat_params
 
@@ -35,6 +39,21 @@ class Clock:
         return self.elapsed_s() / (60 * minutes) if minutes else 0.0
 
 
+def require_startable(config: Config, policy: str | Path | None = None) -> None:
+    """Raise AprError for what would stop a run only later, before it has a folder or a Ray.
+
+    A cluster's nodes may have an engine that this machine lacks; there, workers look for it themselves.
+    """
+    task = load_task(config.task)
+    if policy is not None:
+        require_vocabulary(policy, task.load_tokenizer(str(policy)))
+    if config.ray.address is None:
+        require_engine(config.engine)
+        port = config.ray.dashboard_port
+        if port and not ray.is_initialized() and _is_busy(port):
+            raise ConfigError(f"ray.dashboard_port {port} is in use", "Choose a free port, or 0 for no dashboard")
+
+
 @contextmanager
 def ray_session(config: Config, needs: Sequence[Need] = ()) -> Iterator[None]:
     """Connect to Ray, or start a private one. All that runs there ends with the block, or with this process.
@@ -45,6 +64,7 @@ def ray_session(config: Config, needs: Sequence[Need] = ()) -> Iterator[None]:
         require_room(needs, config)
         yield
         return
+    require_startable(config)
     start = _private_ray if config.ray.address is None else _cluster
     with start(config):
         try:
@@ -67,9 +87,6 @@ def _cluster(config: Config) -> Iterator[None]:
 
 @contextmanager
 def _private_ray(config: Config) -> Iterator[None]:
-    port = config.ray.dashboard_port
-    if port and _is_busy(port):
-        raise ConfigError(f"ray.dashboard_port {port} is in use", "Choose a free port, or 0 for no dashboard")
     needed = (
         config.rollout.workers * config.rollout.cpus_per_worker
         + config.learner.ranks * config.learner.cpus_per_rank
@@ -82,8 +99,8 @@ def _private_ray(config: Config) -> Iterator[None]:
             # Learners and rollout workers take turns, so a machine may promise more CPUs than it has.
             ray.init(
                 num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
-                include_dashboard=bool(port),
-                dashboard_port=port or None,
+                include_dashboard=bool(config.ray.dashboard_port),
+                dashboard_port=config.ray.dashboard_port or None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
