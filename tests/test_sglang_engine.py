@@ -348,7 +348,9 @@ def test_a_missing_sglang_is_named_with_what_to_install(checkpoint: Path, monkey
 def test_what_the_tests_install_for_sglang_is_not_met_outside_of_them() -> None:
     """Its torchvision breaks transformers beside a CPU build of torch: a quickstart after `make test` would fail."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    code = "import importlib.util as u; from transformers import LlamaForCausalLM; assert not u.find_spec('torchvision')"
+    code = (
+        "import importlib.util as u; from transformers import LlamaForCausalLM; assert not u.find_spec('torchvision')"
+    )
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
