@@ -189,6 +189,17 @@ def moved(
     return folder
 
 
+@pytest.fixture(scope="module")
+def threaded(trees: tuple[ThreadTree, ...]) -> tuple[ThreadTree, ...]:
+    """The same, but the first tree of a group has its sibling's call as a child: an untrained policy spawns none."""
+    return tuple(
+        replace(tree, calls=(*tree.calls, *(replace(call, path=(0,)) for call in trees[i + 1].calls)))
+        if i % 2 == 0
+        else tree
+        for i, tree in enumerate(trees)
+    )
+
+
 DECOUPLED = {"ratio": "proximal", "correction": "truncate", "correction_cap": 1.02}
 
 
@@ -210,7 +221,7 @@ DECOUPLED = {"ratio": "proximal", "correction": "truncate", "correction_cap": 1.
 )
 @pytest.mark.parametrize("kl", [KL, 0.0])
 def test_every_option_of_the_loss_is_known_to_the_audit(
-    trees: tuple[ThreadTree, ...],
+    threaded: tuple[ThreadTree, ...],
     moved: Path,
     reference: Path,
     options: dict[str, Any],
@@ -219,7 +230,7 @@ def test_every_option_of_the_loss_is_known_to_the_audit(
 ) -> None:
     """On trees one version old, so that engine and learner differ; under other options the same batch differs."""
     stale = {"version": "0.1", "max_staleness": 1}
-    batch = read_batch(keep(tmp_path, trees, moved, reference, kl, 1, **stale, **options))
+    batch = read_batch(keep(tmp_path, threaded, moved, reference, kl, 1, **stale, **options))
     report = audit_batch(batch)
     assert report.agrees, report.rows()
     told = batch.step.reported
@@ -231,6 +242,17 @@ def test_every_option_of_the_loss_is_known_to_the_audit(
     defaults = {f.name: f.default for f in fields(KeptStep) if f.name in options}
     other = audit_batch(replace(batch, step=replace(batch.step, **defaults)))
     assert {"loss", "gradient norm"} & {f.check for f in other.findings if not f.agrees}, other.rows()
+
+
+def test_a_batch_without_anything_to_learn_has_no_weights_to_correct(kept: KeptBatch) -> None:
+    trees = tuple(replace(tree, reward=1.0) for tree in kept.trees)
+    counts = {"zero_advantage": kept.step.dispositions["trained"]}
+    step = replace(
+        kept.step, kl_coefficient=0.0, reported=None, dispositions=counts, ratio="proximal", correction="mask"
+    )
+    report = audit_batch(replace(kept, trees=trees, step=step))
+    assert report.agrees, report.rows()
+    assert report.findings[-1].check == "step"
 
 
 def edit(kept: KeptBatch, **changes: object) -> KeptBatch:

@@ -91,7 +91,7 @@ def table(seed: int, scale: float = 0.7) -> Array:
 
 
 POLICY, OLD, REFERENCE = table(0), table(0) + table(1), 2 * table(2)
-PROXIMAL = POLICY + table(3, 0.2)
+PROXIMAL = POLICY + table(3, 0.4)
 """The learner's at the start of a batch that OLD drew, where POLICY is what later inner steps made of it."""
 
 
@@ -544,7 +544,7 @@ def test_with_importance_weights_it_is_the_gradient_of_the_weighed_surrogate(how
 
 def test_a_threshold_chooses_batch_by_batch() -> None:
     """The mean is over batches that are corrected and batches that are not, each as often as it is drawn."""
-    how = Correction("truncate", "tree", 1.5, from_delta=0.5)
+    how = Correction("truncate", "tree", 1.5, from_delta=0.4)
     start, old = probabilities(PROXIMAL), probabilities(OLD)
 
     def deltas(tree: Toy) -> list[float]:

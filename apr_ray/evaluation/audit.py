@@ -284,7 +284,8 @@ def with_importance(kept: KeptBatch, policy: Any, trees: list[list[_Part]], sums
     than `step.correction_from` says."""
     step, limit = kept.step, math.log(kept.step.correction_cap)
     deltas = [[_deltas(policy, part, step.temperature) for part in parts] for parts in trees]
-    if statistics.fmean(abs(d) for tree in deltas for call in tree for d in call) <= step.correction_from:
+    sizes = [abs(d) for tree in deltas for call in tree for d in call]
+    if not sizes or statistics.fmean(sizes) <= step.correction_from:
         return trees
 
     def weight(exponent: float) -> float:

@@ -225,9 +225,10 @@ def kept_step(
     """A step as `apr-ray audit` will want to know it."""
     grpo = config.grpo
     reported = None
-    if stats and (found := stats[0].mismatch):
-        one = stats[0]
-        reported = Reported(one.loss, one.kl, one.grad_norm, one.tokens, found.delta_mean, found.delta_max, one.cut)
+    if stats and (apart := stats[0].mismatch):
+        first = stats[0]
+        deltas = apart.delta_mean, apart.delta_max
+        reported = Reported(first.loss, first.kl, first.grad_norm, first.tokens, *deltas, first.cut)
     return KeptStep(
         step=step,
         version=str(version),
