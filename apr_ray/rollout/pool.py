@@ -20,7 +20,7 @@ import ray
 
 from apr_ray.config import Config
 from apr_ray.core.engine import EngineStats
-from apr_ray.core.errors import SyncFailed
+from apr_ray.core.errors import PartDied, SyncFailed
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.parts import DEAD, died, reason
 from apr_ray.rollout.worker import RolloutWorker
@@ -186,9 +186,11 @@ class RolloutPool:
         return self.everywhere(ask("stats"))
 
     def stop(self) -> None:
-        """End the workers."""
-        for worker in self.members:
-            ray.kill(worker.actor)
+        """End the workers; whoever still waits for one gets PartDied."""
+        with self.changing:
+            self.hire = None
+            for worker in self.members:
+                ray.kill(worker.actor)
 
     def now_run(self, workers: Sequence[Worker], current: Callable[[], Any]) -> None:
         """These workers run new weights, of which `current` makes a source; whoever is not among them takes it."""
@@ -257,10 +259,12 @@ class RolloutPool:
 
     def _hire_for(self, worker: Worker, error: Exception) -> None:
         what = f"rollout worker {worker.name}"
-        if self.hire is None or self.restarts >= self.max_restarts:
+        if self.hire is None:
+            raise died(what, error, worker.log) from error
+        if self.restarts >= self.max_restarts:
             raise died(f"{what} (rollout.max_restarts is {self.max_restarts})", error, worker.log) from error
         if getattr(error, "actor_init_failed", False):
-            raise died(what, error, worker.log) from error  # the next one would fail alike
+            raise PartDied(f"{what} did not start: {reason(error)}") from error  # the next one would fail alike
         self.restarts += 1
         ray.kill(worker.actor)  # Ray may only have lost sight of it
         name = f"{worker.name.partition('.')[0]}.{self.restarts}"

@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,13 +52,15 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
     run.truncate_metrics(state.metrics_rows)
     train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
     heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
-    with ray_session(config), tracked(config, run, state) as tracker:
+    with ray_session(config), tracked(config, run, state) as tracker, ExitStack() as parts:
         learners = LearnerGroup.start(config, grpo.optimizer, str(start))
         pool = RolloutPool.start(config, str(policy))  # not a checkpoint: those are removed in time
         reward = RewardClient(config.task)
         watch = Watch(config, run, tracker, heldout, bars)
         transport = build_transport(config.weights)
         rollouts = Rollouts(pool, train, config)
+        for part in (reward, learners, rollouts, pool):  # the last first: without its pool, a thread of rollouts ends
+            parts.callback(part.stop)
         if grpo.kl_coefficient:
             learners.freeze_reference(str(policy))
         version = WeightVersion.parse(state.version)
@@ -119,8 +122,6 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                     on_disk = run.path / "checkpoints" / f"step-{state.step:06d}" / "policy"
         watch.full_evaluation(pool, reward, state.step)
         transport.close()
-        for part in (rollouts, learners, pool, reward):
-            part.stop()
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0], "final")
@@ -152,8 +153,8 @@ class Rollouts:
         return self.begun.pop(step).result()
 
     def stop(self) -> None:
-        """Let the thread go; trees that nobody asked for are dropped."""
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        """End the thread, whose pool must have been stopped."""
+        self.thread.shutdown(cancel_futures=True)
 
     def _sample(self, step: int) -> tuple[list[ThreadTree], float]:
         start = time.perf_counter()
