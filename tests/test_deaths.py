@@ -61,11 +61,11 @@ def pid_of(actor: Any) -> int:
     return pid
 
 
-def wait_until(what: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: True) -> None:
-    """Look often: some of what is waited for is there for milliseconds."""
+def wait_until(what: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: True, every_s: float = 0.1) -> None:
+    """Look until it is there, as long as there is hope."""
     while not what():
         assert meanwhile()
-        time.sleep(0.002)
+        time.sleep(every_s)
 
 
 # --- one part at a time ---------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_killed_workers_are_replaced_and_their_trees_drawn_again(
 
 
 def test_a_worker_that_cannot_start_is_not_tried_again(exact: Config, tmp_path: Path) -> None:
-    with pytest.raises(PartDied, match=r"worker-00 died: .*AprError: no checkpoint at"):
+    with pytest.raises(PartDied, match=r"worker-00 did not start: .*AprError: no tokenizer in"):
         RolloutPool.start(changed(exact, rollout={"workers": 1}), str(tmp_path))
 
 
@@ -180,7 +180,7 @@ def test_a_killed_solver_task_is_run_again(task: CountdownTask, exact: Config, t
     unbroken = write_demonstrations(*what, tmp_path / "unbroken")
     with ThreadPoolExecutor() as beside:
         data = beside.submit(write_demonstrations, *what, tmp_path / "killed")
-        wait_until(solver_tasks, lambda: not data.done())
+        wait_until(solver_tasks, lambda: not data.done(), every_s=0.01)
         os.kill(solver_tasks()[0], signal.SIGKILL)
     assert data.result() == unbroken
     loaded = [Demonstrations.load(tmp_path / name).ids for name in ("unbroken", "killed")]
@@ -289,7 +289,8 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_run_goes_on(
         exact, learner={"ranks": 1}, rollout={"workers": 1}, evaluation={"problems": 2, "temperatures": (0.0,)}
     )
     driver = Driver.start(config, checkpoint, tmp_path)
-    wait_until(lambda: any(driver.run.glob("checkpoints/.step-000002.partial-*")), driver.running)
+    half_written = "checkpoints/.step-000002.partial-*"  # is there for a moment only
+    wait_until(lambda: any(driver.run.glob(half_written)), driver.running, every_s=0.002)
     started = " ".join(driver.processes().values())
     driver.process.kill()
     assert all(name in started for name in ("raylet", "gcs_server", "LearnerActor", "RolloutWorker", "RewardActor"))

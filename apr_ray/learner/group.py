@@ -199,12 +199,12 @@ class LearnerGroup:
 
     def open_sink(self, name: str, sink: WeightSink) -> tuple[tuple[TensorSpec, ...], Any]:
         """Give rank 0 a sink; returns the layout of the weights and what the sink's receivers must know."""
-        opened: tuple[tuple[TensorSpec, ...], Any] = ray.get(self.actors[0].open_sink.remote(name, sink))
+        opened: tuple[tuple[TensorSpec, ...], Any] = self._all([self.actors[0].open_sink.remote(name, sink)])[0]
         return opened
 
     def close_sink(self, name: str) -> None:
         """Close a sink of rank 0."""
-        ray.get(self.actors[0].close_sink.remote(name))
+        self._all([self.actors[0].close_sink.remote(name)])
 
     def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> dict[str, Any]:
         """Start sending the present weights into an open sink: an object reference per rank that takes part."""

@@ -22,7 +22,7 @@ import ray
 
 from apr_ray.config import Config
 from apr_ray.core.engine import EngineStats
-from apr_ray.core.errors import SyncFailed
+from apr_ray.core.errors import PartDied, SyncFailed
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.parts import DEAD, died, reason
 from apr_ray.placement import Places, worker_places
@@ -209,11 +209,13 @@ class RolloutPool:
         return self.everywhere(ask("stats"))
 
     def stop(self) -> None:
-        """End the workers and give their places back."""
-        for worker in self.members:
-            ray.kill(worker.actor)
-        if self.places is not None:
-            self.places.remove()
+        """End the workers and give their places back; whoever still waits for one gets PartDied."""
+        with self.changing:
+            self.hire = None
+            for worker in self.members:
+                ray.kill(worker.actor)
+            if self.places is not None:
+                self.places.remove()
 
     def now_run(self, workers: Sequence[Worker], current: Callable[[], Any]) -> None:
         """These workers run new weights, of which `current` makes a source; whoever is not among them takes it."""
@@ -282,10 +284,12 @@ class RolloutPool:
 
     def _hire_for(self, worker: Worker, error: Exception) -> None:
         what = f"rollout worker {worker.name}"
-        if self.hire is None or self.restarts >= self.max_restarts:
+        if self.hire is None:
+            raise died(what, error, worker.log) from error
+        if self.restarts >= self.max_restarts:
             raise died(f"{what} (rollout.max_restarts is {self.max_restarts})", error, worker.log) from error
         if getattr(error, "actor_init_failed", False):
-            raise died(what, error, worker.log) from error  # the next one would fail alike
+            raise PartDied(f"{what} did not start: {reason(error)}") from error  # the next one would fail alike
         self.restarts += 1
         ray.kill(worker.actor)  # Ray may only have lost sight of it
         name = f"{worker.name.partition('.')[0]}.{self.restarts}"

@@ -75,11 +75,11 @@ def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: 
         turns.engines()
         # Not on a checkpoint: those are removed in time.
         pool = RolloutPool.start(config, str(policy), beside=learners.places)
-        ends.callback(pool.stop)
-        reward = RewardClient(config.task)
-        ends.callback(reward.stop)
         rollouts = Rollouts(pool, train, config)
         ends.callback(rollouts.stop)
+        ends.callback(pool.stop)  # the last first: without its pool, a thread of rollouts ends
+        reward = RewardClient(config.task)
+        ends.callback(reward.stop)
         watch = Watch(config, run, tracker, heldout, bars)
         yield Parts(learners, pool, reward, build_transport(config.weights), turns, rollouts, watch)
 

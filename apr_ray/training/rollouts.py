@@ -39,8 +39,8 @@ class Rollouts:
         return self.begun.pop(step).result()
 
     def stop(self) -> None:
-        """Let the thread go; trees that nobody asked for are dropped."""
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        """End the thread, whose pool must have been stopped."""
+        self.thread.shutdown(cancel_futures=True)
 
     def _sample(self, step: int) -> tuple[list[ThreadTree], float]:
         start = time.perf_counter()
