@@ -88,7 +88,7 @@ def require_room(needs: Sequence[Need], config: Config) -> None:
     """Raise ConfigError where the cluster, were it empty, could not hold all of it, and does not grow."""
     if config.placement.autoscaling:
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     remedy = "{}, add nodes, or set placement.autoscaling=true if the cluster adds them itself"
     for resource in ("GPU", "CPU"):
         has = [node.get(resource, 0.0) for node in nodes]
@@ -167,7 +167,8 @@ class Places:
         self.due = now + min(60.0, max(WAIT_REPORT_S, (now - self.since) / 10))
 
     def _report(self, late: int, since_s: float) -> str:
-        free, whole = ray.available_resources(), ray.cluster_resources()
+        free = ray.available_resources()  # type: ignore[no-untyped-call]
+        whole = ray.cluster_resources()  # type: ignore[no-untyped-call]
         wanted = self.need.resources
         each = " and ".join(f"{amount:g} {name}" for name, amount in wanted.items())
         left = " and ".join(f"{free.get(name, 0.0):g} of {whole.get(name, 0.0):g} {name}" for name in wanted)
@@ -205,4 +206,7 @@ def worker_places(config: Config, learners: Places | None) -> Places:
 
 def _group(need: Need, bundles: int, name: str) -> PlacementGroup:
     """Named for whoever lists the cluster's groups; names must differ."""
-    return placement_group([need.resources] * bundles, strategy="PACK", name=f"{name}-{uuid.uuid4().hex[:8]}")
+    group: PlacementGroup = placement_group(
+        [need.resources] * bundles, strategy="PACK", name=f"{name}-{uuid.uuid4().hex[:8]}"
+    )
+    return group

@@ -84,6 +84,7 @@ def test_a_worker_without_room_is_one_group_that_waits_by_name_and_the_others_be
     (pending,) = groups("PENDING")
     assert pending.startswith("rollout-worker-01-")
     assert len(pool.membership().workers) == 1
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "apr_ray.placement"):
         while not caplog.messages:
             assert len(sample_trees(pool, task.problems("train", 3, 0), config, 0)) == 6

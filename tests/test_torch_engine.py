@@ -278,7 +278,7 @@ def test_an_engine_sleeps_once_what_was_aborted_is_gone_and_not_while_a_request_
         running = asyncio.create_task(collect(engine, request("a", [5, 6, 7], 300)))
         left = engine.generate(request("b", [8, 9], 300))
         await anext(left)
-        with pytest.raises(AprError, match=r"2 requests run, a first"):
+        with pytest.raises(AprError, match=r"2 requests run, b first"):
             await engine.sleep()
         assert engine.decoder.keys.nbytes == size
         await left.aclose()  # type: ignore[attr-defined]

@@ -413,8 +413,8 @@ class SGLangEngine:
                 raise AprError(
                     "this SGLang engine cannot sleep", "Its memory saver needs a GPU and placement.mode=colocated"
                 )
-            if self.by_id:
-                raise AprError(f"{len(self.by_id)} requests run, {next(iter(self.by_id))} first", "Let them end first")
+            if going_on := [name for name, running in self.by_id.items() if not running.aborted]:
+                raise AprError(f"{len(going_on)} requests run, {going_on[0]} first", "Let them end, or abort them")
             self._loop = asyncio.get_running_loop()
             self._asleep = True
             await self._whole(self._release(), "SGLang went to sleep")
