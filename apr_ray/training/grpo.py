@@ -90,9 +90,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
     state = found[1] if found else LoopState()
     run.truncate_metrics(state.metrics_rows)
     version = WeightVersion.parse(state.version)
-    on_disk: Path | None = (
-        found[0] / "policy" if found else policy
-    )  # where the learners' present weights lie, if at all
+    on_disk: Path | None = found[0] / "policy" if found else policy  # where the present weights lie, if they do
     how = GrpoStep.of(grpo)
     with parts_of(config, run, policy, state, bars) as parts:
         learners, pool, watch = parts.learners, parts.pool, parts.watch
