@@ -372,7 +372,7 @@ class WeightsConfig(Section):
     a control at which the check after the sync must stop the run."""
     mode: Literal["drain", "pause", "in_flight"] = "pause"
     """What becomes of trees that run when new weights come: they end first; they pause, and their KV is computed again;
-    or they go on between two steps with the KV they have (engines that can: torch, sglang)."""
+    or they go on between two steps with the KV they have (the torch engine only)."""
     piece_numbers: Positive = 4_000_000
     """Numbers sent at a time, by all transports but the object store; a larger parameter goes alone."""
     timeout_s: PositiveFloat = 120.0

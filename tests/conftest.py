@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from _pytest.terminal import TerminalReporter
 
@@ -19,6 +20,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(  # Ray's workers import the second t
 from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # how long a test takes says what else the machine does
+hypothesis.settings.load_profile("untimed")
 
 SGLANG_CPU = Path(__file__).parent / "sglang_cpu"
 TASK = {

@@ -246,7 +246,7 @@ def test_every_option_of_the_loss_is_known_to_the_audit(
 
 def test_a_batch_without_anything_to_learn_has_no_weights_to_correct(kept: KeptBatch) -> None:
     trees = tuple(replace(tree, reward=1.0) for tree in kept.trees)
-    counts = {"zero_advantage": kept.step.dispositions["trained"]}
+    counts = {"zero_advantage" if name == "trained" else name: n for name, n in kept.step.dispositions.items()}
     step = replace(
         kept.step, kl_coefficient=0.0, reported=None, dispositions=counts, ratio="proximal", correction="mask"
     )

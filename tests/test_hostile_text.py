@@ -265,7 +265,7 @@ def test_the_fuzzer_comes_everywhere() -> None:
     assert sum(bool(tree.joins) for tree in trees) > 60
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.integers(0, 2**32), st.integers(0, 8))
 def test_hostile_text_has_a_named_outcome(seed: int, mutations: int) -> None:
     check_all(seed, mutations)
@@ -279,7 +279,7 @@ def test_100_000_hostile_texts_have_named_outcomes(part: int) -> None:
         check_all(1_000_000 * (part + 1) + seed, seed % 9)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.text(max_size=400))
 def test_any_unicode_has_a_named_outcome(text: str) -> None:
     check_text(text)

@@ -36,13 +36,13 @@ def brute_force(numbers: Sequence[int]) -> set[int]:
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=4))
 def test_reachable_targets_equal_brute_force(numbers: list[int]) -> None:
     assert reachable_targets(numbers) == brute_force(numbers)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 4), st.data())
 def test_the_table_equals_the_sets(count: int, data: st.DataObject) -> None:
     """Zeros, ones and the largest numbers included; several rows at once must not mix."""
@@ -80,7 +80,7 @@ def test_24_game_without_fractions() -> None:
     assert sum(is_solvable(m, 24) for m in combinations_with_replacement(range(1, 14), 4)) == 1346
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=4), st.integers(0, 120))
 def test_solve_gives_operations_that_replay(numbers: list[int], target: int) -> None:
     operations = solve(numbers, target)

@@ -95,7 +95,7 @@ class CheckedEngine(TorchEngine):
         return super()._forward()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_tokens_and_logprobs_equal_transformers_over_batch_mixes(
     checkpoint: Path, policy: Any, data: st.DataObject
@@ -171,7 +171,7 @@ def bits_of(chunks: Sequence[Chunk]) -> tuple[list[int], list[float]]:
     return ids_of(chunks), logprobs_of(chunks)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.data())
 def test_in_deterministic_mode_company_order_and_cache_change_no_bit(checkpoint: Path, data: st.DataObject) -> None:
     """Contract 7 at the engine: the same request alone, in a crowd that comes and goes, in another order, after others

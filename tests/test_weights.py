@@ -218,7 +218,7 @@ def test_pieces_are_all_of_the_layout_in_order(shapes: list[tuple[int, ...]], nu
         end += spec.size
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(numbers=st.integers(1, 30))
 def test_a_collective_of_any_piece_size_brings_all_numbers(numbers: int) -> None:
     flat = np.random.default_rng(numbers).normal(size=NUMBERS).astype(np.float32)

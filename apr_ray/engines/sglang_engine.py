@@ -67,7 +67,6 @@ class _Running:
         sent: whether SGLang has it.
         held: weights changed while it ran; its tokens are kept until SGLang tells their versions.
         version: the weights in force when its present part was sent.
-        kv_version: those its KV was computed under, where an update kept it.
         ended: its last chunk is out.
     """
 
@@ -82,7 +81,6 @@ class _Running:
     aborted: bool = False
     ended: bool = False
     version: WeightVersion = FIRST_VERSION
-    kv_version: WeightVersion | None = None
     pump: asyncio.Task[None] | None = None
 
     @property
@@ -113,7 +111,7 @@ class SGLangEngine:
     """
 
     capabilities = Capabilities(
-        seeds=False, deterministic=False, in_flight_update=True, keeps_kv=True, priorities=True, sleeps=False
+        seeds=False, deterministic=False, in_flight_update=True, keeps_kv=False, priorities=True, sleeps=False
     )
 
     def __init__(
@@ -140,7 +138,6 @@ class SGLangEngine:
         self.vocab = shape.vocab
         self.expected = shape.parameter_shapes()
         self.version = FIRST_VERSION
-        self._cache_key = str(FIRST_VERSION)  # KV computed under one key is never found under another
         self.on_death = on_death
         self.by_id: dict[str, _Running] = {}
         self._on_cuda = device == "cuda"
@@ -231,7 +228,7 @@ class SGLangEngine:
 
     async def _run_part(self, running: _Running) -> bool:
         """Send a request, or what is left of it, to SGLang; False if it ended at an end token nobody asked for."""
-        running.version, running.held, running.sent, running.kv_version = self.version, False, True, None
+        running.version, running.held, running.sent = self.version, False, True
         before, unasked = len(running.ids), False
         outputs = self._manager.generate_request(self._sglang_request(running), None)
         async with contextlib.aclosing(outputs):
@@ -273,7 +270,6 @@ class SGLangEngine:
             return_logprob=True,
             stream=True,
             priority=running.request.priority,
-            extra_key=self._cache_key,
         )
 
     def _finish_reason(
@@ -308,10 +304,8 @@ class SGLangEngine:
         running.ended = finish is not None
         running.ids += ids
         self._counts["sampled_tokens"] += len(ids)
-        version = version or running.version
-        kv_version = None if version == running.kv_version else running.kv_version
         running.chunks.put_nowait(
-            Chunk(tuple(ids), tuple(logprobs), version, running.cached or 0, finish, error, kv_version)
+            Chunk(tuple(ids), tuple(logprobs), version or running.version, running.cached or 0, finish, error)
         )
 
     def _emit_by_version(
@@ -352,15 +346,17 @@ class SGLangEngine:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
-        """Check the whole update, then apply it between two steps.
+        """Check the whole update, then apply it between two steps; running requests are prefilled again under it.
 
-        Running requests are prefilled again under it, and all KV is dropped. With `keep_kv` they go on in place, and
-        requests that come later have another cache key, so that they never meet older KV.
+        KV is never kept: of a request that is paused in place, SGLang counts tokens as the new weights' that the old
+        ones drew (measured on the CPU).
 
         Raises:
             WeightsRejected: nothing was applied.
             PartDied: SGLang failed half-way; the engine is dead.
         """
+        if keep_kv:
+            raise AprError("SGLang's KV is not kept over an update", "Use weights.mode=pause")
         async with self._updating:
             self._require_awake()
             await asyncio.to_thread(check_update, update, self.expected, self.version)
@@ -368,18 +364,14 @@ class SGLangEngine:
             self._open.clear()
             for running in self.by_id.values():
                 running.held = running.sent
-                running.kv_version = (running.kv_version or running.version) if keep_kv else None
             try:
-                await self._whole(self._apply(update, keep_kv), f"SGLang took weights {update.version}")
+                await self._whole(self._apply(update), f"SGLang took weights {update.version}")
             finally:
                 self._open.set()
             self.version = update.version
-            if keep_kv:
-                self._cache_key = str(update.version)
 
-    async def _apply(self, update: WeightUpdate, keep_kv: bool) -> None:
-        """Halt what runs, load, flush all KV unless it is kept, go on. RuntimeError with SGLang's message if a step
-        fails."""
+    async def _apply(self, update: WeightUpdate) -> None:
+        """Retract what runs, load, flush all KV, go on. RuntimeError with SGLang's message if a step fails."""
         from sglang.srt.managers.io_struct import (
             BeginWeightUpdateReqInput,
             ContinueGenerationReqInput,
@@ -389,12 +381,12 @@ class SGLangEngine:
         )
 
         manager = self._manager
-        await manager.pause_generation(PauseGenerationReqInput(mode="in_place" if keep_kv else "retract"))
+        await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
         _require_success("begin_weight_update", await manager.begin_weight_update(BeginWeightUpdateReqInput()))
         load = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=_flattened_bucket(update, int(self._engine.server_args.tp_size)),
             load_format="flattened_bucket",
-            flush_cache=not keep_kv,
+            flush_cache=True,
             weight_version=str(update.version),
         )
         _require_success("update_weights_from_tensor", await manager.update_weights_from_tensor(load))
