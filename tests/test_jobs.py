@@ -29,7 +29,6 @@ from apr_ray.training.run_dir import RunDir
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
-START_S = 120
 
 
 def checked(config: dict[str, Any]) -> dict[str, Any]:
@@ -129,10 +128,8 @@ def head(tmp_path: Path) -> Iterator[Head]:
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
-        until = time.monotonic() + START_S
         while not all(answers(f"http://127.0.0.1:{port}/api/healthz") for port in (dashboard, agent)):
             assert process.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < until, (tmp_path / "head.log").read_text()
             time.sleep(0.2)
         yield Head(f"http://127.0.0.1:{dashboard}", environment)
     finally:
@@ -160,7 +157,6 @@ def test_a_submitted_job_runs_the_whole_pipeline_without_a_compiler(
         [SCRIPTS / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", *job],
         capture_output=True,
         text=True,
-        timeout=280,
         check=False,
         cwd=ROOT,
         env=head.environment,
