@@ -142,6 +142,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
         shutil.rmtree(session, ignore_errors=True)
 
 
+@pytest.mark.timeout(900)  # a dozen processes import torch in it, slowly where other work runs beside
 def test_a_submitted_job_runs_the_whole_pipeline_without_a_compiler(
     head: Head, small_config: Config, tmp_path: Path
 ) -> None:
