@@ -135,8 +135,8 @@ def head(tmp_path: Path) -> Iterator[Head]:
     finally:
         if process.poll() is None:
             started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            os.killpg(process.pid, signal.SIGTERM)
-            for left in psutil.wait_procs(started, timeout=30)[1]:
+            os.killpg(process.pid, signal.SIGKILL)  # on SIGTERM it lingers; the kernel ends what it started
+            for left in psutil.wait_procs(started, timeout=10)[1]:
                 left.kill()
             process.wait()
         shutil.rmtree(session, ignore_errors=True)
