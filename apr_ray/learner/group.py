@@ -14,7 +14,7 @@ import ray
 from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.weights import TensorSpec, WeightSink, WeightVersion
-from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge
+from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge, multiplies_bf16
 from apr_ray.parts import DEAD, died, own_log
 from apr_ray.placement import Places, learner_places
 from apr_ray.tasks.registry import load_task
@@ -47,8 +47,8 @@ class LearnerActor:
             ip = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             return str(ip), int(probe.getsockname()[1])
 
-    def start(self, address: str, port: int) -> int:
-        """Join the group and build the policy; returns its parameter count."""
+    def start(self, address: str, port: int) -> tuple[int, bool]:
+        """Join the group and build the policy; returns its parameter count and whether bf16 is fast here."""
         from apr_ray.model.llama import load_policy, new_policy, parameter_count, require_vocabulary
 
         learner = self.config.learner
@@ -62,10 +62,10 @@ class LearnerActor:
             policy = new_policy(self.config.model, self.tokenizer, self.config.run.seed)
         count = parameter_count(policy)
         self.trainer = Trainer(policy, learner, self.optimizer, self.rank, learner.ranks)
-        return count
+        return count, multiplies_bf16(self.trainer.device)
 
-    def sft_step(self, batch: TrainBatch, learning_rate: float) -> StepStats:
-        return self.trainer.sft_step(batch, learning_rate, self.config.sft.precision == "bf16")
+    def sft_step(self, batch: TrainBatch, learning_rate: float, bf16: bool) -> StepStats:
+        return self.trainer.sft_step(batch, learning_rate, bf16)
 
     def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
         return self.trainer.grpo_step(batch, step, learning_rate)
@@ -133,6 +133,8 @@ class LearnerGroup:
         self.zero_stage = zero_stage
         self.places = places
         self.parameters = 0
+        self.multiplies_bf16 = False
+        """Whether every rank's processor has instructions for products in bfloat16."""
         self.logs = [""] * places.need.count
 
     @classmethod
@@ -148,16 +150,17 @@ class LearnerGroup:
             group.places.wait()
             group.logs = group._all([actor.log.remote() for actor in group.actors])
             [(address, port)] = group._all([group.actors[0].address.remote()])
-            group.parameters = group._all([actor.start.remote(address, port) for actor in group.actors])[0]
+            started = group._all([actor.start.remote(address, port) for actor in group.actors])
+            group.parameters, group.multiplies_bf16 = started[0][0], all(fast for _, fast in started)
         except BaseException:
             group.stop()
             raise
         return group
 
-    def submit_sft_step(self, batch: TrainBatch, learning_rate: float) -> list[Any]:
+    def submit_sft_step(self, batch: TrainBatch, learning_rate: float, bf16: bool = False) -> list[Any]:
         """Start a step; give the result to `finish_sft_step`. Steps run in the order they were submitted."""
         reference = ray.put(batch)
-        return [actor.sft_step.remote(reference, learning_rate) for actor in self.actors]
+        return [actor.sft_step.remote(reference, learning_rate, bf16) for actor in self.actors]
 
     def finish_sft_step(self, pending: list[Any]) -> StepStats:
         """Wait for a submitted step."""

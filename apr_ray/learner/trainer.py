@@ -421,6 +421,14 @@ class _Rows:
         return log_ratio(self.proximal, self.behaviour_logprobs, self.weights != 0)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a processor has instructions for matrix products in bfloat16; without them a CPU emulates, slowly."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def init_process_group(rank: int, world: int, address: str, port: int) -> None:
     """Join the learner group, over gloo on a CPU, else over what the device has (nccl: not run on a GPU yet).
 

@@ -53,6 +53,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         parts.callback(judge.stop)
         if found:
             learners.load(found[0])
+        bf16 = sft.precision == "bf16" or (sft.precision == "auto" and learners.multiplies_bf16)
         clock = Clock(state.elapsed_s)
 
         def done() -> float:
@@ -71,7 +72,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                     phase = "child" if done() < sft.child_first_fraction and data.child.any() else "all"
                     batch = sampler.next(phase)
                     rate = learning_rate(sft.optimizer, submitted, done())
-                    pending.append((learners.submit_sft_step(batch, rate), len(batch.tokens)))
+                    pending.append((learners.submit_sft_step(batch, rate, bf16), len(batch.tokens)))
                     submitted += 1
                     state.tokens += len(batch.tokens)
                 submission, size = pending.popleft()
@@ -81,10 +82,8 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                 if state.step % sft.log_every == 0:
                     speed, since, trained = trained / (time.monotonic() - since), time.monotonic(), 0
                     watch.log(_metrics(stats, size, state.tokens, speed), state.step)
-                    note = (
-                        f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens  {speed:,.0f}/s"
-                    )
-                    bar.update(min(1.0, done()), note)
+                    note = f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens"
+                    bar.update(min(1.0, done()), f"{note}  {speed:,.0f}/s  {'bf16' if bf16 else 'fp32'}")
                 if pending:
                     continue
                 last = done() >= 1
