@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SGLANG := $(VENV)/sglang-cpu
+VLLM := $(VENV)/vllm-cpu
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv sglang quickstart test test-slow lint docs bench clean
+.PHONY: venv sglang vllm quickstart test test-vllm test-slow lint docs bench clean
 
 venv: $(READY)
 
@@ -26,11 +27,22 @@ $(SGLANG)/.ready: $(READY) constraints-sglang.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SGLANG) -r constraints-sglang.txt
 	touch $@
 
+# vLLM on the CPU, for tests: in a folder that only they see, because it needs other versions of what apr-ray uses too.
+vllm: $(VLLM)/.ready
+
+$(VLLM)/.ready: $(READY) constraints-vllm.txt
+	rm -rf $(VLLM)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VLLM) -r constraints-vllm.txt
+	touch $@
+
 quickstart: venv
 	$(BIN)/apr-ray quickstart
 
 test: sglang
 	$(BIN)/pytest
+
+test-vllm: vllm
+	PYTHONPATH=$(CURDIR)/$(VLLM) $(BIN)/pytest --engines vllm tests/test_engine_conformance.py tests/test_engine_pool.py
 
 test-slow: sglang
 	$(BIN)/pytest -m slow

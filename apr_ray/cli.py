@@ -255,13 +255,18 @@ def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz 
 def bench(
     name: Annotated[str, typer.Argument(help="engine, learner, oracle, rollout, solver, step or sync.")],
     as_json: Annotated[bool, typer.Option("--json", help="Last line: one JSON object.")] = False,
+    engine: Annotated[Optional[str], typer.Option(help="For sync and rollout: torch, sglang or vllm.")] = None,
+    checkpoint: Annotated[
+        Optional[str], typer.Option(help="For rollout --engine: a trained policy of the quickstart's task.")
+    ] = None,
+    sizes: Annotated[Optional[str], typer.Option(help="For sync: of 4mb,50mb,900mb.")] = None,
 ) -> None:
     """Measure one part against a baseline, side by side, in one run."""
     import json
 
     from apr_ray.bench import run_bench
 
-    result = run_bench(name)
+    result = run_bench(name, engine, checkpoint, sizes.split(",") if sizes else ())
     _table(
         f"bench {name}",
         ("measure", "value"),

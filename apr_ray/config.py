@@ -254,42 +254,69 @@ class BoundsConfig(Section):
 
 
 SET_BY_US = {
-    "context_length": "engine.context_tokens",
-    "device": "engine.device",
-    "dtype": "engine.dtype",
-    "enable_memory_saver": "placement.mode",
-    "enable_weights_cpu_backup": "placement.mode",
-    "max_running_requests": "engine.max_sequences",
-    "max_total_tokens": "engine.kv_tokens",
-    "stream_interval": "engine.stream_interval",
-    **dict.fromkeys(
-        (
-            "custom_sigquit_handler",
-            "disable_priority_preemption",
-            "dp_size",
-            "enable_priority_scheduling",
-            "incremental_streaming_output",
-            "model_path",
-            "schedule_low_priority_values_first",
-            "skip_tokenizer_init",
-            "tokenizer_worker_num",
-            "weight_version",
+    "torch": {},
+    "sglang_server": {},
+    "sglang": {
+        "context_length": "engine.context_tokens",
+        "device": "engine.device",
+        "dtype": "engine.dtype",
+        "enable_memory_saver": "placement.mode",
+        "enable_weights_cpu_backup": "placement.mode",
+        "max_running_requests": "engine.max_sequences",
+        "max_total_tokens": "engine.kv_tokens",
+        "stream_interval": "engine.stream_interval",
+        **dict.fromkeys(
+            (
+                "custom_sigquit_handler",
+                "disable_priority_preemption",
+                "dp_size",
+                "enable_priority_scheduling",
+                "incremental_streaming_output",
+                "model_path",
+                "schedule_low_priority_values_first",
+                "skip_tokenizer_init",
+                "tokenizer_worker_num",
+                "weight_version",
+            ),
+            "",
         ),
-        "",
-    ),
+    },
+    "vllm": {
+        "dtype": "engine.dtype",
+        "enable_sleep_mode": "placement.mode",
+        "kv_cache_memory_bytes": "engine.kv_tokens",
+        "max_model_len": "engine.context_tokens",
+        "max_num_seqs": "engine.max_sequences",
+        "stream_interval": "engine.stream_interval",
+        **dict.fromkeys(
+            (
+                "async_scheduling",
+                "data_parallel_size",
+                "enable_prefix_caching",
+                "generation_config",
+                "logprobs_mode",
+                "model",
+                "scheduling_policy",
+                "skip_tokenizer_init",
+                "worker_extension_cls",
+            ),
+            "",
+        ),
+    },
 }
-"""Arguments of SGLang's engine that `engine.server_args` may not hold, and the key that sets them; "" if none does."""
+"""Per engine, arguments of its own that `engine.server_args` may not hold, and the key that sets them; "" if none does.
+"""
 
 
 class EngineConfig(Section):
     """The inference engine of each rollout worker."""
 
-    name: Literal["torch", "sglang", "vllm"] = "torch"
-    """Which engine; `torch` is the embedded one."""
+    name: Literal["torch", "sglang", "sglang_server", "vllm"] = "torch"
+    """Which engine; `torch` is the embedded one, `sglang_server` a client of servers that someone runs."""
     max_sequences: Positive = 64
     """Requests that decode side by side; more wait."""
     cache_slots: Count = 64
-    """Ended requests whose KV the torch engine keeps; SGLang keeps what fits into `kv_tokens`."""
+    """Ended requests whose KV the torch engine keeps; the others keep what fits into `kv_tokens`."""
     context_tokens: Positive | None = None
     """Defaults to the model's."""
     stream_interval: Positive = 16
@@ -303,19 +330,32 @@ class EngineConfig(Section):
     device: Literal["cpu", "cuda"] | None = None
     """What the engine finds by default; the torch engine runs on the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of SGLang's weights and KV; the torch engine computes in float32."""
+    """Of weights and KV; the torch engine computes in float32."""
     kv_tokens: Positive | None = None
-    """Tokens whose KV SGLang holds: what fits into the GPU by default, on a CPU `max_sequences` full contexts."""
+    """Tokens whose KV SGLang or vLLM holds: what fits into the GPU by default, on a CPU `max_sequences` full contexts."""
     server_args: dict[str, Any] = {}
-    """Further arguments of SGLang's engine, passed on as they are."""
+    """Further arguments of SGLang's or vLLM's engine, passed on as they are."""
+    server_urls: list[str] = []
+    """SGLang servers, one per rollout worker, as `http://host:30000`; they must see `run.root` at the same path."""
 
     @model_validator(mode="after")
     def _server_args_are_free(self) -> EngineConfig:
-        if self.name != "sglang" and self.server_args:
-            raise ValueError(f"server_args {sorted(self.server_args)} are SGLang's, name is {self.name}")
-        for key in sorted(self.server_args.keys() & SET_BY_US.keys()):
-            where = f"set {SET_BY_US[key]} instead" if SET_BY_US[key] else "apr-ray sets it itself"
+        if self.name in ("torch", "sglang_server") and self.server_args:
+            raise ValueError(
+                f"server_args {sorted(self.server_args)} are of SGLang or vLLM started here, not {self.name}"
+            )
+        ours = SET_BY_US[self.name]
+        for key in sorted(self.server_args.keys() & ours.keys()):
+            where = f"set {ours[key]} instead" if ours[key] else "apr-ray sets it itself"
             raise ValueError(f"server_args.{key} may not be given: {where}")
+        return self
+
+    @model_validator(mode="after")
+    def _servers_are_named(self) -> EngineConfig:
+        if (self.name == "sglang_server") != bool(self.server_urls):
+            raise ValueError(f"name is {self.name} and server_urls {self.server_urls}: a server needs both")
+        if len(set(self.server_urls)) != len(self.server_urls):
+            raise ValueError(f"server_urls names a server twice: {self.server_urls}")
         return self
 
     @model_validator(mode="after")
@@ -477,8 +517,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _gpus_are_used(self) -> Config:
-        if self.engine.name == "torch" and self.rollout.gpus_per_worker:
-            raise ValueError(f"rollout.gpus_per_worker is {self.rollout.gpus_per_worker:g}, engine torch uses none")
+        if self.engine.name in ("torch", "sglang_server") and self.rollout.gpus_per_worker:
+            raise ValueError(
+                f"rollout.gpus_per_worker is {self.rollout.gpus_per_worker:g}, engine {self.engine.name} uses none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_worker_has_a_server(self) -> Config:
+        servers = len(self.engine.server_urls)
+        if self.engine.name == "sglang_server" and servers != self.rollout.workers:
+            raise ValueError(
+                f"rollout.workers is {self.rollout.workers}, engine.server_urls names {servers}: each worker has one"
+                " server, whose weights it changes"
+            )
         return self
 
     @model_validator(mode="after")

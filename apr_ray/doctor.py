@@ -26,7 +26,7 @@ def examine(root: Path = Path(".")) -> list[Row]:
     for name in REQUIRED:
         rows.append((name, _version(name) or "missing: pip install apr-ray", "every command"))
     for name, purpose in OPTIONAL.items():
-        rows.append((name, _version(name) or "not installed", purpose))
+        rows.append((name, _version(name) or _version(f"{name}-cpu") or "not installed", purpose))
     rows.append(("GPU", _gpu(), "optional"))
     rows.append(("compiler", shutil.which("g++") or "none", "optional: nothing here compiles at run time"))
     rows.append(("cores", str(os.cpu_count()), "2 for the quickstart's times"))

@@ -94,8 +94,9 @@ def ray_local() -> Iterator[None]:
     ray.shutdown()
 
 
-def pytest_configure() -> None:
-    allow_sglang_on_a_cpu()
+def pytest_configure(config: pytest.Config) -> None:
+    if "vllm" not in config.getoption("--engines").split(","):  # whose folder holds other versions of some packages
+        allow_sglang_on_a_cpu()
 
 
 def allow_sglang_on_a_cpu() -> None:
@@ -111,6 +112,9 @@ def allow_sglang_on_a_cpu() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engines", metavar="NAMES", default="torch,sglang,sglang_server", help="engines to hold to the interface"
+    )
     parser.addoption("--conformance-table", metavar="FILE", help="also write the engines' table to a Markdown file")
 
 

@@ -100,7 +100,10 @@ def of_another_vocabulary(tmp_path: Path, checkpoint: Path) -> Path:
     ("arguments", "message"),
     [
         (["quickstart", "ray.dashboard_port={port}"], "ray.dashboard_port {port} is in use. Choose a free port"),
-        (["quickstart", "engine.name=vllm"], "engine 'vllm' is not part of this version. Use engine.name=torch"),
+        (
+            ["quickstart", "engine.name=vllm"],
+            "engine.name is vllm, but vllm is not installed. pip install 'apr-ray[vllm]'",
+        ),
         (["train", "--init", "{other}"], "has a vocabulary of 60, the task's has 57. Give a checkpoint trained with"),
         (["eval", "{other}"], "has a vocabulary of 60, the task's has 57"),
         (["trace", "{other}", "--problem", "3 5 7 -> 22"], "has a vocabulary of 60, the task's has 57"),

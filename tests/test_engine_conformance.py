@@ -1,14 +1,15 @@
 """One suite for every engine: what `core.engine.Engine` promises, checked against transformers in float32.
 
 Each test is a row of the table that the run ends with, each engine a column. What an engine says it lacks is "n/a"
-there; it is not skipped, and it is not faked. Another engine is another entry of `ENGINES`.
+there; it is not skipped, and it is not faked. Another engine is another entry of `ENGINES`; `--engines` says which are
+run: vLLM has an environment of its own (`make test-vllm`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from apr_ray.bench.sglang_process import Server, sglang_server
 from apr_ray.config import EngineConfig, ModelConfig
 from apr_ray.core.engine import Chunk, Engine, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError, EngineAsleep, WeightsRejected
@@ -36,6 +38,8 @@ INTERVAL = 5
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {"cache_slots": 8},
     "sglang": {"device": "cpu"},
+    "sglang_server": {},
+    "vllm": {"device": "cpu"},
 }
 TOLERANCE = 1e-4
 """Largest |Δ logprob| to transformers; both compute in float32, in another order."""
@@ -50,6 +54,7 @@ class Subject:
     engine: Any
     policy: Any
     loop: asyncio.Runner
+    server: Server | None = None
     counter: int = 0
     requests: int = 0
     record: Callable[[str, object], None] = print
@@ -111,7 +116,17 @@ class Subject:
             await asyncio.sleep(0.02)
 
     def scheduled(self) -> int:
-        return sum(self.engine.scheduler_load()[:2]) if self.name == "sglang" else 0
+        """Requests that the engine has below the interface, ended ones among them."""
+        if self.name == "torch":
+            return 0
+        if self.server is not None:
+            return self.server.scheduled()
+        return sum(self.engine.scheduler_load()[:2]) if self.name == "sglang" else self.engine.scheduled()
+
+    def whole_blocks(self, tokens: int) -> int:
+        """How many of a prefix of that many tokens the engine may share."""
+        block = self.engine.capabilities.cache_block
+        return tokens // block * block
 
 
 async def collect(engine: Engine, asked: GenerateRequest) -> list[Chunk]:
@@ -143,11 +158,19 @@ def greedy(policy: Any, prompt: Sequence[int], tokens: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def start(name: str, checkpoint: Path) -> Subject:
-    config = EngineConfig.model_validate(
-        {"name": name, "max_sequences": SEQUENCES, "stream_interval": INTERVAL, **ENGINES[name]}
-    )
-    return Subject(name, build_engine(config, str(checkpoint)), load_policy(checkpoint), asyncio.Runner())
+@contextmanager
+def started(name: str, checkpoint: Path) -> Iterator[Subject]:
+    settings = {"name": name, "max_sequences": SEQUENCES, "stream_interval": INTERVAL, **ENGINES[name]}
+    with ExitStack() as stack:
+        server = None
+        if name == "sglang_server":
+            server = stack.enter_context(sglang_server(checkpoint, max_sequences=SEQUENCES, stream_interval=INTERVAL))
+            settings["server_urls"] = [server.url]
+        engine = build_engine(EngineConfig.model_validate(settings), str(checkpoint))
+        with asyncio.Runner() as loop:
+            subject = Subject(name, engine, load_policy(checkpoint), loop, server)
+            yield subject
+            subject.run(engine.close())
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +185,20 @@ def checkpoints(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, task
     return {"tied": checkpoint, "untied": untied}
 
 
-@pytest.fixture(scope="module", params=[(name, "tied") for name in ENGINES], ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names, embeddings = metafunc.config.getoption("--engines").split(","), "tied"
+    if metafunc.function is test_untied_embeddings_and_grouped_heads:
+        embeddings = "untied"
+        names = [name for name in names if name != "sglang_server"]  # it would be the same SGLang once more
+    metafunc.parametrize("subject", [(name, embeddings) for name in names], indirect=True, ids=str, scope="module")
+
+
+@pytest.fixture(scope="module")
 def subject(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iterator[Subject]:
     """One engine for all tests of a policy: it takes SGLang a while to start; one per process at a time."""
     name, embeddings = request.param
-    started = start(name, checkpoints[embeddings])
-    yield started
-    started.run(started.engine.close())
-    started.loop.close()
+    with started(name, checkpoints[embeddings]) as subject:
+        yield subject
 
 
 @pytest.fixture(autouse=True)
@@ -420,28 +449,28 @@ def test_a_higher_priority_is_admitted_first(subject: Subject) -> None:
 
 def test_a_resumed_parent_prefills_only_what_is_new(subject: Subject) -> None:
     """Spawn and join: the parent's own tokens up to the spawn block, then the joined messages."""
-    prompt = list(range(2, 42))
+    prompt = list(range(2, 42)) * 3
     made = ids_of(subject.one(prompt, 10))
     children = [subject.request([50 - i, 51, 52], 5) for i in range(3)]
     subject.generate(children)
     again = [*prompt, *made[:6], (made[6] + 1) % VOCAB, 41, 42]
     chunks = subject.one(again, 5)
-    assert chunks[0].cached_tokens == len(prompt) + 6
+    assert chunks[0].cached_tokens == subject.whole_blocks(len(prompt) + 6) > 0
     subject.compare(again, chunks, 1.0)
 
 
 def test_children_after_a_warm_prompt_share_it(subject: Subject) -> None:
-    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4] * 2
     subject.one(prompt, 1)
     for chunks in subject.generate([subject.request([*prompt, 50 + i], 3) for i in range(4)]):
-        assert chunks[0].cached_tokens == len(prompt)
+        assert chunks[0].cached_tokens == subject.whole_blocks(len(prompt)) > 0
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def test_after_an_update_tokens_are_those_of_the_new_weights_and_no_old_kv_is_served(subject: Subject) -> None:
-    prompt = list(range(3, 33))
+    prompt = list(range(3, 43))
     subject.one(prompt, 10)
     assert subject.one(prompt, 1)[0].cached_tokens > 0, "nothing was cached: the test would prove nothing"
     update = subject.update(1.15)
@@ -597,7 +626,7 @@ FAULTS = {
 
 def test_a_faulty_update_is_refused_before_a_byte_is_applied(subject: Subject) -> None:
     """Stale, partial, of another shape, not finite: the policy stays the same, and the KV cache too."""
-    prompt = list(range(20, 50))
+    prompt = list(range(10, 50))
     before = subject.one(prompt, 10)
     version = subject.engine.version
     update = subject.update(1.3)
@@ -606,7 +635,7 @@ def test_a_faulty_update_is_refused_before_a_byte_is_applied(subject: Subject) -
             subject.run(subject.engine.update_weights(broken(update, how)))
     subject.counter -= 1
     after = subject.one(prompt, 10)
-    assert after[0].cached_tokens == len(prompt) - 1
+    assert after[0].cached_tokens == subject.whole_blocks(len(prompt) - 1) > 0
     assert (ids_of(before), version) == (ids_of(after), subject.engine.version)
     subject.compare(prompt, after, 1.0)
 
@@ -693,7 +722,6 @@ def test_three_hundred_thread_trees_leave_nothing_behind(subject: Subject) -> No
 # --- another model ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("subject", [(name, "untied") for name in ENGINES], indirect=True, ids=str)
 def test_untied_embeddings_and_grouped_heads(subject: Subject) -> None:
     prompt = [5, 6, 7, 8]
     chunks = subject.one(prompt, 12)

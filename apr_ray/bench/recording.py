@@ -130,6 +130,9 @@ def fresh_weights(config: Config) -> tuple[DecoderShape, dict[str, np.ndarray[An
 async def replay_trees(engine: Engine, trees: Sequence[ThreadTree], concurrent: int) -> dict[tuple[str, Path], float]:
     """The engine's part of recorded trees and nothing else: every call as soon as those it waits for have ended.
 
+    An engine draws as many tokens as were recorded, not the same ones unless it replays; a later prompt of a thread
+    holds what was drawn here in their place, so that the prefix cache serves what it served when they were recorded.
+
     Returns:
         The sum of each thread's logprobs, by problem and path: two engines with the same weights agree on it.
     """
@@ -143,12 +146,18 @@ async def replay_trees(engine: Engine, trees: Sequence[ThreadTree], concurrent: 
         children = {(spawn.path, spawn.segment): spawn.children for spawn in tree.spawns}
 
         async def thread(path: Path) -> None:
+            recorded: tuple[int, ...] = ()
+            context: list[int] = []  # what stands here in the place of `recorded`
             for call in calls[path]:
+                kept = common_prefix(recorded, call.prompt_ids)
+                context = [*context[:kept], *call.prompt_ids[kept:]]
                 name = f"{number:06d}/{'.'.join(map(str, path))}/{call.segment}"
                 sampling = SamplingParams(max_new_tokens=len(call.sampled_ids), seed=call.seed)
-                asked = GenerateRequest(name, call.prompt_ids, sampling, call.segment, not path)
+                asked = GenerateRequest(name, tuple(context), sampling, call.segment, not path)
                 async for chunk in engine.generate(asked):
                     sums[tree.problem_key, path] += sum(chunk.logprobs)
+                    context += chunk.token_ids
+                recorded = (*call.prompt_ids, *call.sampled_ids)
                 await asyncio.gather(*(thread(child) for child in children.get((path, call.segment), ())))
 
         async with places:
@@ -156,6 +165,12 @@ async def replay_trees(engine: Engine, trees: Sequence[ThreadTree], concurrent: 
 
     await asyncio.gather(*(one(number, tree) for number, tree in enumerate(trees)))
     return dict(sums)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def thread_sums(trees: Sequence[ThreadTree]) -> dict[tuple[str, Path], float]:

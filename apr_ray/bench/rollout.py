@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from apr_ray.bench.sync import private_ray
 from apr_ray.bench.timing import REPEATS, Result, in_turn
 from apr_ray.config import Config
 from apr_ray.core.engine import Engine
+from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Path, ThreadTree
 from apr_ray.model.llama import save_policy
 from apr_ray.rollout.pool import RolloutPool, calls_at_once
@@ -33,10 +35,21 @@ ALONE_TREES = 24
 """Trees of the latency measurement."""
 
 
-def run(trees: int = 256, repeats: int = REPEATS) -> Result:
-    """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime."""
-    import tempfile
+def run(trees: int = 256, repeats: int = REPEATS, engine: str | None = None, checkpoint: str | None = None) -> Result:
+    """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime.
 
+    Recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own: see `bench.trees`.
+    """
+    if engine is not None or checkpoint is not None:
+        from apr_ray.bench import trees as real
+
+        if engine is None or checkpoint is None:
+            raise AprError(
+                f"bench rollout with engine {engine} and checkpoint {checkpoint}",
+                "Give both: --engine sglang --checkpoint runs/NAME/sft/final",
+            )
+        with private_ray():
+            return real.run(engine, checkpoint, trees, repeats)
     recording = record(trees)
     config = recording.config
     made: dict[str, Any] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from apr_ray.bench.recording import bench_config, fresh_policy
 from apr_ray.bench.timing import REPEATS, Result, in_turn
 from apr_ray.config import Config, OptimizerConfig
 from apr_ray.core.engine import GenerateRequest, SamplingParams
+from apr_ray.core.errors import AprError
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.llama import save_policy
@@ -40,14 +43,24 @@ DECODING = 16
 """Requests that run in each engine while weights come in."""
 
 
-def run(sizes: tuple[str, ...] = ("4mb", "50mb"), overrides: tuple[str, ...] = (), repeats: int = REPEATS) -> Result:
+def run(
+    sizes: tuple[str, ...] = ("4mb", "50mb"),
+    overrides: tuple[str, ...] = (),
+    repeats: int = REPEATS,
+    engine: str = "torch",
+) -> Result:
     """`ratio`: a flat broadcast's median over that of the default transport, at the last size (the goal is 0.5).
 
     A transport packs, sends, checks and applies; the broadcast, between the same processes over gloo, only sends.
-    `stall` is how long one update keeps an engine from decoding: the check, the copy, and computing the running
-    requests' KV again.
+    `stall` is by how much longer running requests take when one update comes in: the check beside them, the copy, and
+    computing their KV again.
     """
+    for size in sizes:
+        if size not in SIZES:
+            raise AprError(f"unknown size {size!r}", f"Choose of {', '.join(SIZES)}")
     result: Result = {}
+    if engine != "torch":
+        overrides = (*overrides, f"engine.name={engine}", "engine.device=cpu", "engine.max_sequences=32")
     with private_ray():
         for size in sizes:
             parts = _one_size(bench_config((*SIZES[size], *overrides)), repeats)
@@ -96,22 +109,17 @@ class TimedWorker(RolloutWorker):
         parts = np.concatenate([self.parts[i].ravel() for i in sorted(self.parts)])
         return checksum(self.flat.numpy()), checksum(parts)
 
-    async def decode_while(self, tokens: int, updates: bool) -> float:
-        """The longest pause in the stream of any of `DECODING` requests, in seconds, less a usual one.
+    async def decode_s(self, tokens: int, updates: bool) -> float:
+        """Seconds for `DECODING` requests of so many tokens each.
 
         With `updates`, weights that were received are applied when every request has begun.
         """
         begun = [asyncio.Event() for _ in range(DECODING)]
-        pauses: list[float] = []
+        start = time.perf_counter()
 
         async def decode(i: int) -> None:
             asked = GenerateRequest(f"timed-{i:03d}", (5, 6, 7, 8 + i), SamplingParams(max_new_tokens=tokens, seed=i))
-            since = 0.0
             async for _ in self.engine.generate(asked):
-                now = time.perf_counter()
-                if since:
-                    pauses.append(now - since)
-                since = now
                 begun[i].set()
 
         decoders = [asyncio.create_task(decode(i)) for i in range(DECODING)]
@@ -120,7 +128,16 @@ class TimedWorker(RolloutWorker):
         if updates:
             await self.apply_weights()
         await asyncio.gather(*decoders)
-        return max(pauses) - float(np.median(pauses))
+        return time.perf_counter() - start
+
+    async def peak_mb(self) -> float:
+        """The most memory that this process has had."""
+        return peak_mb()
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had, in megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def _one_size(config: Config, repeats: int) -> dict[str, float]:
@@ -180,16 +197,21 @@ def _timed(
     works |= {name: partial(sync, name) for name in TRANSPORTS}
     times = in_turn(works, repeats)
     arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
-    wait_for_all(receive(pool.membership().workers, learners.weights(version.next())), None, "a sync")
-    stalls = ray.get([worker.decode_while.remote(160, True) for worker in pool.workers])
-    quiet = ray.get([worker.decode_while.remote(160, False) for worker in pool.workers])
+    with_update, without = [], []
+    for _ in range(min(repeats, 3)):
+        version = version.next()
+        wait_for_all(receive(pool.membership().workers, learners.weights(version)), None, "a sync")
+        with_update.append(max(ray.get([worker.decode_s.remote(160, True) for worker in pool.workers])))
+        without.append(max(ray.get([worker.decode_s.remote(160, False) for worker in pool.workers])))
     result = {
         "gloo_ms": 1000 * times["gloo"],
         "per_tensor_ms": 1000 * times["per_tensor"],
         "of_per_tensor": times["per_tensor"] / times["object_store"],
         "megabytes": 4 * learners.parameters / 1e6,
-        "stall_ms": 1000 * max(stalls),
-        "longest_pause_without_update_ms": 1000 * max(quiet),
+        "stall_ms": 1000 * (statistics.median(with_update) - statistics.median(without)),
+        "decode_without_update_ms": 1000 * statistics.median(without),
+        "learner_peak_mb": ray.get(learners.actors[0].__ray_call__.remote(lambda actor: peak_mb())),
+        "worker_peak_mb": max(ray.get([worker.peak_mb.remote() for worker in pool.workers])),
         "differing_receivers": float(sum(pair != (expected, expected) for pair in arrived)),
     }
     for name in TRANSPORTS:

@@ -115,6 +115,7 @@ class Capabilities:
         keeps_kv: an update may leave the KV of running requests as it is (`Chunk.kv_version` names its weights).
         priorities: `GenerateRequest.priority` orders admission.
         sleeps: it can give its memory back between requests (`Engine.sleep`).
+        cache_block: KV of a prefix is reused in whole blocks of this many tokens.
     """
 
     seeds: bool
@@ -123,6 +124,7 @@ class Capabilities:
     keeps_kv: bool
     priorities: bool
     sleeps: bool
+    cache_block: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class RolloutPool:
 
         def hire(name: str, place: int) -> Any:
             worker = ray.remote(RolloutWorker).options(**options, **places.options(place))
-            return worker.remote(config, checkpoint, name)
+            return worker.remote(config, checkpoint, name, place)
 
         pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts, rollout.fan_out == "spread", places)
         try:

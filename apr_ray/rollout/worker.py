@@ -44,7 +44,7 @@ def require_sleep(mode: str, engine: str, sleeps: bool) -> None:
     if mode == "colocated" and not sleeps:
         raise ConfigError(
             f"placement.mode colocated has engines sleep while the learners train, which {engine} cannot here",
-            "Use placement.mode=disaggregated; SGLang sleeps on a GPU",
+            "Use placement.mode=disaggregated; SGLang and vLLM sleep on a GPU",
         )
 
 
@@ -95,7 +95,7 @@ class _Trees:
 class RolloutWorker:
     """A Ray actor around one engine; its methods are coroutines on one loop, between which the engine steps."""
 
-    def __init__(self, config: Config, checkpoint: str, worker_id: str) -> None:
+    def __init__(self, config: Config, checkpoint: str, worker_id: str, place: int = 0) -> None:
         import torch
 
         self.worker_id = worker_id  # first: Ray prints it with whatever fails below
@@ -104,6 +104,7 @@ class RolloutWorker:
         tokenizer = task.load_tokenizer(checkpoint)
         require_vocabulary(checkpoint, tokenizer)
         self.protocol = task.protocol(tokenizer)
+        self.place = place
         self.engine = self.new_engine(config, checkpoint)
         self.mode = config.weights.mode
         require_mode(self.mode, config.engine.name, self.engine.capabilities.keeps_kv)
@@ -118,7 +119,7 @@ class RolloutWorker:
     def new_engine(self, config: Config, checkpoint: str) -> Engine:
         """The engine as configured; this process ends with it."""
         sleeps = config.placement.mode == "colocated"
-        return build_engine(config.engine, checkpoint, _exit_with_engine, sleeps=sleeps)
+        return build_engine(config.engine, checkpoint, _exit_with_engine, sleeps=sleeps, place=self.place)
 
     async def join(self, source: WeightSource | None) -> str:
         """Take the pool's current weights, if they are not the checkpoint's; returns where this worker logs."""

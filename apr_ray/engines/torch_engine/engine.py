@@ -27,6 +27,7 @@ import torch
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, Span
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
 from apr_ray.model.llama import load_policy, read_config
@@ -93,12 +94,7 @@ class TorchEngine:
         device: str = "cpu",
         deterministic: bool = False,
     ) -> None:
-        if context_tokens is not None and context_tokens > shape.context:
-            raise AprError(
-                f"engine.context_tokens is {context_tokens}, the model was built for {shape.context}",
-                "Lower it, or use a model with a longer context",
-            )
-        self.context_tokens = context_tokens or shape.context
+        self.context_tokens = context_limit(context_tokens, shape.context)
         self.max_sequences = max_sequences
         self.stream_interval = stream_interval
         slots = max_sequences + cache_slots
@@ -160,22 +156,7 @@ class TorchEngine:
     def _submit(self, request: GenerateRequest) -> Running:
         if self.asleep:
             raise EngineAsleep
-        prompt = np.asarray(request.prompt_ids, dtype=np.int64)
-        if len(prompt) == 0:
-            raise AprError(f"request {request.request_id} has an empty prompt", "Give at least one token")
-        if len(prompt) >= self.context_tokens:
-            raise AprError(
-                f"prompt of {len(prompt)} tokens leaves no room in a context of {self.context_tokens}",
-                "Shorten it, or raise engine.context_tokens",
-            )
-        if prompt.min() < 0 or prompt.max() >= self.decoder.shape.vocab:
-            raise AprError(
-                f"prompt holds token ids outside 0..{self.decoder.shape.vocab - 1}", "Use the checkpoint's tokenizer"
-            )
-        if request.request_id in self.by_id:
-            raise AprError(f"request id {request.request_id!r} is already running", "Give each request its own id")
-        max_new = min(request.sampling.max_new_tokens, self.context_tokens - len(prompt))
-        running = Running(request, max_new)
+        running = Running(request, token_limit(request, self.context_tokens, self.decoder.shape.vocab, self.by_id))
         self.by_id[request.request_id] = running
         self._clock += 1
         heapq.heappush(self.waiting, (-request.priority, self._clock, running))

@@ -1,0 +1,371 @@
+"""What is common to an SGLang engine in this process and a client of an SGLang server: requests become chunks.
+
+Batching, the radix cache and sampling are SGLang's. This module translates, and makes good where SGLang does less than
+`core.engine.Engine` says:
+
+- SGLang ends a request at the checkpoint's end token whether it was asked to or not; a request that did not name it
+  goes on from there (`_Running.part` counts these continuations);
+- it aborts by prefix, also where one request is meant: every id that it sees ends with a mark that no prefix has;
+- it tells which version drew which token only at a request's end: the requests that run while weights change are held
+  back from then on and come in one piece, cut where the versions meet;
+- its calls for new weights report failure and raise nothing, and a half-applied update cannot be undone: the engine is
+  then dead, as it is when SGLang ends.
+
+All KV is flushed with a change of weights and running requests are prefilled again, so every token's KV is of its
+own version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
+from apr_ray.core.errors import AprError, EngineAsleep, PartDied
+from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.engines.requests import context_limit, token_limit
+from apr_ray.engines.torch_engine.decoder import DecoderShape
+from apr_ray.model.llama import read_config
+from apr_ray.model.state import check_update
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+FIRST_VERSION = WeightVersion(0, 0)
+ID_END = "#"
+"""Ends every id that SGLang sees. Request ids may not hold it, so no id is another's prefix."""
+SPARE_TOKENS = 6
+"""SGLang keeps this much of its context length to itself: a request of `context_tokens` needs that many more."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request and what has come of it.
+
+    Attributes:
+        limit: tokens it may sample in all.
+        ids: sampled so far, over all parts.
+        part: how many times it was sent to SGLang, less one.
+        sent: whether SGLang has it.
+        held: weights changed while it ran; its tokens are kept until SGLang tells their versions.
+        version: the weights in force when its present part was sent.
+        ended: its last chunk is out.
+    """
+
+    request: GenerateRequest
+    limit: int
+    chunks: asyncio.Queue[Chunk] = field(default_factory=asyncio.Queue)
+    ids: list[int] = field(default_factory=list)
+    cached: int | None = None
+    part: int = 0
+    sent: bool = False
+    held: bool = False
+    aborted: bool = False
+    ended: bool = False
+    version: WeightVersion = FIRST_VERSION
+    pump: asyncio.Task[None] | None = None
+
+    @property
+    def sglang_id(self) -> str:
+        return f"{self.request.request_id}{ID_END}{self.part:03d}{ID_END}"
+
+
+class SGLangBase:
+    """The half of an engine that does not know where SGLang is. Use it from one event loop.
+
+    Args:
+        checkpoint: the folder of the policy.
+        context_tokens: prompt and sampled tokens of one request together; the model's own limit by default.
+        on_death: called with the reason when SGLang ends by itself. Without it, running requests end with ERROR and
+            new ones are refused.
+    """
+
+    capabilities = Capabilities(
+        seeds=False, deterministic=False, in_flight_update=True, keeps_kv=False, priorities=True, sleeps=False
+    )
+
+    def __init__(
+        self, checkpoint: str | Path, context_tokens: int | None, on_death: Callable[[str], None] | None
+    ) -> None:
+        shape = DecoderShape.from_config(read_config(checkpoint))
+        self.context_tokens = context_limit(context_tokens, shape.context)
+        self.vocab = shape.vocab
+        self.expected = shape.parameter_shapes()
+        self.version = FIRST_VERSION
+        self.on_death = on_death
+        self.by_id: dict[str, _Running] = {}
+        self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "sampled_tokens"), 0)
+        self._open = asyncio.Event()  # closed while weights change
+        self._open.set()
+        self._updating = asyncio.Lock()
+        self._asleep = False
+        self._death = ""  # why it is dead; empty while it lives
+        self._dead = asyncio.Event()
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- what SGLang is asked ---------------------------------------------------------------------------------------
+
+    def _outputs(self, request: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+        """SGLang's stream for a request of its native interface: all tokens so far, each time. Closing it aborts."""
+        raise NotImplementedError
+
+    async def _abort_in_sglang(self, prefix: str, ids: Sequence[str]) -> None:
+        """End the requests with these ids; they are all whose ids start with the prefix."""
+        raise NotImplementedError
+
+    async def _apply(self, update: WeightUpdate) -> None:
+        """Retract what runs, load, flush all KV, go on. RuntimeError with SGLang's message if a step fails."""
+        raise NotImplementedError
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """See `core.engine.Engine.generate`."""
+        running = self._accept(request)
+        try:
+            while True:
+                chunk = await running.chunks.get()
+                yield chunk
+                if chunk.finish is not None:
+                    return
+        finally:
+            del self.by_id[request.request_id]
+            if not running.ended and running.pump is not None:
+                running.pump.cancel()  # on which SGLang aborts it
+
+    def _accept(self, request: GenerateRequest) -> _Running:
+        self._require_awake()
+        limit = token_limit(request, self.context_tokens, self.vocab, self.by_id)
+        if ID_END in request.request_id:
+            raise AprError(f"request id {request.request_id!r} holds a {ID_END!r}", "Leave it out of request ids")
+        running = _Running(request, limit)
+        self.by_id[request.request_id] = running
+        self._counts["prompt_tokens"] += len(request.prompt_ids)
+        self._loop = asyncio.get_running_loop()
+        running.pump = self._loop.create_task(self._pump(running))
+        running.pump.add_done_callback(lambda task: self._report_failure(running, task))
+        return running
+
+    async def _pump(self, running: _Running) -> None:
+        """Turn SGLang's outputs of one request into chunks, until it ends."""
+        while True:
+            await self._open.wait()
+            if running.aborted:
+                self._emit(running, [], [], FinishReason.ABORTED)
+                return
+            if await self._run_part(running):
+                return
+            running.part += 1
+
+    async def _run_part(self, running: _Running) -> bool:
+        """Send a request, or what is left of it, to SGLang; False if it ended at an end token nobody asked for."""
+        running.version, running.held, running.sent = self.version, False, True
+        before, unasked = len(running.ids), False
+        async with contextlib.aclosing(self._outputs(_sglang_request(running))) as outputs:
+            async for output in outputs:
+                meta = output["meta_info"]
+                ended = meta["finish_reason"]
+                if running.cached is None:
+                    running.cached = int(meta.get("cached_tokens", 0))
+                    self._counts["cached_tokens"] += running.cached
+                if ended is None and running.held:
+                    continue
+                done = len(running.ids) - before
+                ids = [int(i) for i in output["output_ids"][done:]]
+                logprobs = [float(entry[0]) for entry in meta["output_token_logprobs"][done : done + len(ids)]]
+                finish, error = self._finish_reason(running, ended, before + done + len(ids))
+                unasked = ended is not None and finish is None
+                if running.held:
+                    self._emit_by_version(running, ids, logprobs, meta["weight_versions"], done, finish, error)
+                else:
+                    self._emit(running, ids, logprobs, finish, error)
+        running.sent = False
+        return not unasked
+
+    def _finish_reason(
+        self, running: _Running, ended: Mapping[str, Any] | None, sampled: int
+    ) -> tuple[FinishReason | None, str]:
+        """What SGLang's finish reason means here; None while a request goes on."""
+        if ended is None:
+            return None, ""
+        if ended["type"] == "abort":
+            if running.aborted:
+                return FinishReason.ABORTED, ""
+            return FinishReason.ERROR, f"SGLang aborted the request: {ended.get('message')}"
+        if ended["type"] == "length":
+            return FinishReason.LENGTH, ""
+        if not isinstance(ended["matched"], int):
+            return FinishReason.ERROR, f"SGLang ended the request: {ended['matched']}"
+        if ended["matched"] in running.request.sampling.stop_ids:
+            return FinishReason.STOP, ""
+        return (FinishReason.LENGTH, "") if sampled >= running.limit else (None, "")
+
+    def _emit(
+        self,
+        running: _Running,
+        ids: list[int],
+        logprobs: list[float],
+        finish: FinishReason | None,
+        error: str = "",
+        version: WeightVersion | None = None,
+    ) -> None:
+        if running.ended or (not ids and finish is None):
+            return
+        running.ended = finish is not None
+        running.ids += ids
+        self._counts["sampled_tokens"] += len(ids)
+        running.chunks.put_nowait(
+            Chunk(tuple(ids), tuple(logprobs), version or running.version, running.cached or 0, finish, error)
+        )
+
+    def _emit_by_version(
+        self,
+        running: _Running,
+        ids: list[int],
+        logprobs: list[float],
+        spans: list[Mapping[str, Any]],
+        done: int,
+        finish: FinishReason | None,
+        error: str,
+    ) -> None:
+        """Emit what was held back, cut at the positions where SGLang says that the version changed."""
+        version = running.version
+        for span in spans:
+            start, end = max(int(span["start"]) - done, 0), int(span["end"]) - done
+            version = WeightVersion.parse(span["version"])
+            if start < end:
+                self._emit(running, ids[start:end], logprobs[start:end], None, version=version)
+        if finish is not None:
+            self._emit(running, [], [], finish, error, version)
+
+    def _report_failure(self, running: _Running, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._emit(running, [], [], FinishReason.ERROR, f"{type(error).__name__}: {error}")
+
+    async def abort(self, request_id_prefix: str) -> None:
+        """End every request whose id starts with the prefix."""
+        matching = [r for r in self.by_id.values() if r.request.request_id.startswith(request_id_prefix)]
+        for running in matching:
+            running.aborted = True
+        if sent := [running.sglang_id for running in matching if running.sent]:
+            await self._abort_in_sglang(request_id_prefix, sent)
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
+        """Check the whole update, then apply it between two steps; running requests are prefilled again under it.
+
+        KV is never kept: of a request that is paused in place, SGLang counts tokens as the new weights' that the old
+        ones drew (measured on the CPU).
+
+        Raises:
+            WeightsRejected: nothing was applied.
+            PartDied: SGLang failed half-way; the engine is dead.
+        """
+        if keep_kv:
+            raise AprError("SGLang's KV is not kept over an update", "Use weights.mode=pause")
+        async with self._updating:
+            self._require_awake()
+            await asyncio.to_thread(check_update, update, self.expected, self.version)
+            self._loop = asyncio.get_running_loop()
+            self._open.clear()
+            for running in self.by_id.values():
+                running.held = running.sent
+            try:
+                await self._whole(self._apply(update), f"SGLang took weights {update.version}")
+            finally:
+                self._open.set()
+            self.version = update.version
+
+    # --- life and death ---------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Counters since start. A request waits until its first token; SGLang does not tell its steps."""
+        active = sum(bool(r.ids) or r.held for r in self.by_id.values())
+        return EngineStats(
+            steps=None, active_requests=active, waiting_requests=len(self.by_id) - active, **self._counts
+        )
+
+    def _require_alive(self) -> None:
+        if self._death:
+            raise PartDied(f"the SGLang engine is gone: {self._death}", "Restart the worker")
+
+    def _require_awake(self) -> None:
+        self._require_alive()
+        if self._asleep:
+            raise EngineAsleep
+
+    def _die(self, reason: str) -> None:
+        """From now on nothing is accepted; what runs ends with ERROR. May be called from any thread."""
+        if self._death:
+            return
+        self._death = reason
+        log.error("the SGLang engine is dead: %s", reason)
+        if self.on_death is not None:
+            self.on_death(reason)
+        if (loop := self._loop) is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: loop.create_task(self._end_all(FinishReason.ERROR, reason)))
+
+    async def _end_all(self, finish: FinishReason, error: str) -> None:
+        """Give every request its last chunk and stop what feeds it."""
+        self._dead.set()
+        pumps = [running.pump for running in self.by_id.values() if running.pump is not None]
+        for running in list(self.by_id.values()):
+            self._emit(running, [], [], finish, error)
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _whole(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Do what must not be left half done; PartDied, and the engine is dead, where it is."""
+        try:
+            await self._or_death(work)
+        except RuntimeError as error:
+            self._die(f"it failed while {what}: {error}")
+            raise PartDied(self._death, "Restart the worker") from error
+        except asyncio.CancelledError:
+            self._die(f"the caller gave up while {what}")
+            raise
+
+    async def _or_death(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`; RuntimeError if the engine dies first, where SGLang would wait for ever."""
+        task, death = asyncio.ensure_future(work), asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait([task, death], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise RuntimeError(self._death)
+            return task.result()
+        finally:
+            task.cancel()
+            death.cancel()
+
+
+def require_success(step: str, success: bool, message: str) -> None:
+    """RuntimeError with SGLang's message where it says that a step failed."""
+    if not success:
+        raise RuntimeError(f"{step}: {message}")
+
+
+def _sglang_request(running: _Running) -> dict[str, Any]:
+    """What is left of a request, as SGLang's native interface has it."""
+    sampling = running.request.sampling
+    return {
+        "rid": running.sglang_id,
+        "input_ids": [*running.request.prompt_ids, *running.ids],
+        "sampling_params": {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k or -1,
+            "top_p": sampling.top_p,
+            "max_new_tokens": running.limit - len(running.ids),
+            "stop_token_ids": sorted(sampling.stop_ids),
+            "ignore_eos": not sampling.stop_ids,  # with stop ids it would ignore those too
+        },
+        "return_logprob": True,
+        "stream": True,
+        "priority": running.request.priority,
+    }
