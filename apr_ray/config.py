@@ -332,7 +332,7 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and KV; the torch engine computes in float32."""
     kv_tokens: Positive | None = None
-    """Tokens whose KV SGLang or vLLM holds: what fits into the GPU by default, on a CPU `max_sequences` full contexts."""
+    """Tokens whose KV SGLang or vLLM holds: what fits into the GPU by default, on a CPU `max_sequences` contexts."""
     server_args: dict[str, Any] = {}
     """Further arguments of SGLang's or vLLM's engine, passed on as they are."""
     server_urls: list[str] = []
@@ -341,9 +341,7 @@ class EngineConfig(Section):
     @model_validator(mode="after")
     def _server_args_are_free(self) -> EngineConfig:
         if self.name in ("torch", "sglang_server") and self.server_args:
-            raise ValueError(
-                f"server_args {sorted(self.server_args)} are of SGLang or vLLM started here, not {self.name}"
-            )
+            raise ValueError(f"server_args {sorted(self.server_args)} are SGLang's or vLLM's, name is {self.name}")
         ours = SET_BY_US[self.name]
         for key in sorted(self.server_args.keys() & ours.keys()):
             where = f"set {ours[key]} instead" if ours[key] else "apr-ray sets it itself"

@@ -326,7 +326,7 @@ def test_arguments_that_apr_ray_sets_are_refused_by_name(override: str, message:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engine.server_args={chunked_prefill_size: 64}", "are SGLang's, name is torch"),
+        ("engine.server_args={chunked_prefill_size: 64}", "are SGLang's or vLLM's, name is torch"),
         ("engine.dtype=bfloat16", "computes in float32 on the CPU, not in bfloat16"),
         ("engine.device=cuda", "not in float32 on cuda"),
     ],

@@ -101,7 +101,7 @@ def _worker(config: Config, checkpoint: str) -> Any:
         "max_concurrency": calls_at_once(config),
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
     }
-    worker = ray.remote(TreesWorker).options(**options).remote(config, checkpoint, "worker-00")
+    worker: Any = ray.remote(TreesWorker).options(**options).remote(config, checkpoint, "worker-00")
     ray.get(worker.join.remote(None))
     return worker
 
