@@ -144,6 +144,28 @@ def train(
     _next(f"apr-ray eval {_short(policy)}", f"apr-ray trace {_short(run.path)}")
 
 
+@app.command()
+def controls(
+    init: Annotated[Path, typer.Option(help="Policy that every arm begins with: a checkpoint or a run folder.")],
+    data: Annotated[Path, typer.Option(help="Demonstrations for the arm that goes on with them.")],
+    overrides: Overrides = None,
+    minutes: Annotated[float, typer.Option(help="Of training, for each arm and seed.")] = 10.0,
+    seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 3,
+    config: Files = None,
+) -> None:
+    """GRPO beside its controls: continued supervised training, rejection sampling, random rewards, a frozen engine."""
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.controls import run_controls, table_rows
+    from apr_ray.training.run_dir import find_policy
+
+    files = [_find_config(f) for f in config or []]
+    outcomes = run_controls(
+        files, overrides or [], find_policy(init), data, minutes=minutes, seeds=seeds, bars=ProgressBars()
+    )
+    head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]")
+    _table(f"{minutes:g} minutes each, {seeds} seeds", head, table_rows(outcomes))
+
+
 @app.command("eval")
 def evaluate_command(
     model: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apr_ray.config import Config, PlacementConfig
+from apr_ray.config import Config, PlacementConfig, to_yaml
 from apr_ray.core.errors import AprError, MismatchError, WeightsRejected
 from apr_ray.core.ledger import Disposition
 from apr_ray.core.trees_io import read_trees
@@ -25,6 +25,7 @@ from apr_ray.rl.batches import grpo_batch
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tracking.progress import ProgressBars
+from apr_ray.training.controls import ARMS, run_controls, two_level_interval
 from apr_ray.training.grpo import fresh_groups, group, train_grpo
 from apr_ray.training.quickstart import run_quickstart
 from apr_ray.training.rollouts import sample_trees
@@ -294,15 +295,30 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
 
 
 def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
-    """Coin rewards are half ones, whatever was solved; engines that do not follow stop the run at the first sync."""
+    """Every arm trains and is judged on the same problems; engines that do not follow stop theirs at the first sync."""
+    file = tmp_path / "small.yaml"
+    file.write_text(to_yaml(small_config))
     policy = finished.path / "sft" / "final"
-    coin = small_config.grpo.model_copy(update={"reward": "random", "advantage": "success", "steps": 1})
-    run = RunDir.create(with_run(small_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
-    train_grpo(run.config, run, policy, QUIET)
-    (row,) = [r for r in run.metrics() if "rollout/reward" in r]
-    assert row["rollout/reward"] > 0
-    weights = small_config.weights.model_copy(update={"transport": "none"})
-    changing = small_config.grpo.model_copy(update={"reward": "random"})  # else there may be nothing to learn from
-    frozen = with_run(small_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
-    with pytest.raises(MismatchError, match=r"after sync 0\.1 engines and learners differ"):
-        train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)
+    # Coin rewards for all: else there may be nothing to learn from, and frozen engines would be the learners' policy.
+    overrides = [f"run.root={tmp_path}", "run.name=arms", "tracking.tracker=none", "grpo.reward=random", "grpo.steps=1"]
+    outcomes = run_controls([file], overrides, policy, finished.path / "data", minutes=0.05, seeds=1, bars=QUIET)
+    assert [(o.arm, o.mode) for o in outcomes] == [(arm, mode) for arm in ARMS for mode in ("greedy", "t1.0")]
+    for outcome in outcomes:
+        assert ("after sync 0.1 engines and learners differ" in outcome.stopped) == (outcome.arm == "frozen-engine")
+        assert 0 <= outcome.before <= 1
+        assert outcome.low <= outcome.high
+    trained = RunDir.resume(tmp_path / "arms" / "continued-sft-0")
+    assert any("sft/loss" in row or "eval/greedy/accuracy" in row for row in trained.metrics())
+    before = (tmp_path / "arms" / "grpo-0" / "metrics.jsonl").read_bytes()
+    run_controls([file], overrides, policy, finished.path / "data", minutes=0.05, seeds=1, bars=QUIET)
+    assert (tmp_path / "arms" / "grpo-0" / "metrics.jsonl").read_bytes() == before, "what was complete was run again"
+
+
+def test_a_gain_has_an_interval_over_seeds_and_problems() -> None:
+    rng = np.random.default_rng(1)
+    alike = [rng.choice([0.0, 1.0], 400) for _ in range(3)]
+    low, high = two_level_interval(alike)
+    mean = float(np.mean(alike))
+    assert mean - 0.06 < low < mean < high < mean + 0.06
+    apart = [np.full(400, value) for value in (0.0, 0.1, 0.2)]  # seeds differ, problems do not
+    assert two_level_interval(apart) == pytest.approx((0.0, 0.2), abs=0.04)
