@@ -709,14 +709,14 @@ def run_trees(subject: Subject, count: int) -> None:
                 np.testing.assert_allclose(call.logprobs, expected, atol=TOLERANCE)
 
 
-def test_forty_thread_trees_leave_nothing_behind(subject: Subject) -> None:
-    run_trees(subject, 40)
+def test_three_hundred_thread_trees_leave_nothing_behind(subject: Subject) -> None:
+    run_trees(subject, 300)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_three_hundred_thread_trees_leave_nothing_behind(subject: Subject) -> None:
-    run_trees(subject, 300)
+def test_a_thousand_thread_trees_leave_nothing_behind(subject: Subject) -> None:
+    run_trees(subject, 1000)
 
 
 # --- another model ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.engines.torch_engine import engine as engine_module
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
-from apr_ray.model.llama import load_policy
+from apr_ray.model.llama import load_policy, load_weights
+from apr_ray.model.state import trainable_parameters
 
 VOCAB = 57
 
@@ -291,3 +293,25 @@ def test_an_engine_sleeps_once_what_was_aborted_is_gone_and_not_while_a_request_
     assert engine.decoder.keys.nbytes == engine.decoder.values.nbytes == 0
     with pytest.raises(EngineAsleep, match="Wake it first"):
         run_all(engine, [request("c", [5])])
+
+
+def test_a_checkpoint_is_read_as_transformers_reads_it_and_a_broken_one_is_named(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    expected = {name: p.detach().numpy() for name, p in trainable_parameters(load_policy(checkpoint))}
+    found = load_weights(checkpoint)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    state = load_file(broken / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"][:-1].clone()
+    save_file(state, broken / "model.safetensors")
+    with pytest.raises(AprError, match=r"model\.norm\.weight is \(31,\), its config\.json says \(32,\)"):
+        TorchEngine.from_checkpoint(broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(AprError, match=r"model\.safetensors is missing"):
+        TorchEngine.from_checkpoint(broken)

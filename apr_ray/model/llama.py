@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from apr_ray.config import ModelConfig, TaskConfig
@@ -59,6 +60,23 @@ def load_policy(checkpoint: str | Path) -> LlamaForCausalLM:
     read_config(checkpoint)
     logging.disable_progress_bar()
     return LlamaForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)
+
+
+def load_weights(checkpoint: str | Path) -> dict[str, np.ndarray[Any, Any]]:
+    """A checkpoint's tensors in float32, by Hugging Face name, tied ones once. Raises AprError where there are none.
+
+    Without `transformers`, whose import takes an engine as long as everything else at its start.
+    """
+    from safetensors.torch import load_file
+
+    config = read_config(checkpoint)
+    files = sorted(Path(checkpoint).glob("model*.safetensors"))
+    if not files:
+        raise AprError(f"no weights in {checkpoint} (model.safetensors is missing)", "Save them as safetensors")
+    state = {name: tensor.float().numpy() for file in files for name, tensor in load_file(file).items()}
+    if config.get("tie_word_embeddings"):
+        state.pop("lm_head.weight", None)
+    return state
 
 
 def require_vocabulary(checkpoint: str | Path, tokenizer: Tokenizer) -> None:

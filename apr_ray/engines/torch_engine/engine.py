@@ -30,8 +30,8 @@ from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, Span
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
-from apr_ray.model.llama import load_policy, read_config
-from apr_ray.model.state import check_update, trainable_parameters
+from apr_ray.model.llama import load_weights, read_config
+from apr_ray.model.state import check_update
 
 FIRST_VERSION = WeightVersion(0, 0)
 COHORT_TOKENS = 64
@@ -132,8 +132,14 @@ class TorchEngine:
     def from_checkpoint(cls, checkpoint: str | Path, **options: Any) -> Self:
         """An engine over a Hugging Face Llama checkpoint folder; options as in the constructor."""
         shape = DecoderShape.from_config(read_config(checkpoint))
-        policy = load_policy(checkpoint)
-        state = {name: tensor.detach().numpy() for name, tensor in trainable_parameters(policy)}
+        state, expected = load_weights(checkpoint), shape.parameter_shapes()
+        for name in sorted(state.keys() | expected.keys()):
+            found = state[name].shape if name in state else "missing"
+            if found != expected.get(name):
+                raise AprError(
+                    f"{checkpoint}: {name} is {found}, its config.json says {expected.get(name, 'nothing of it')}",
+                    "Give a whole checkpoint of a Llama",
+                )
         return cls(shape, state, **options)
 
     # --- requests ---------------------------------------------------------------------------------------------------
