@@ -58,7 +58,7 @@ def _find_config(name: str) -> Path:
 def quickstart(
     overrides: Overrides = None,
     fast: Annotated[bool, typer.Option("--fast", help="A smoke run of a few minutes; it does not learn.")] = False,
-    long: Annotated[bool, typer.Option("--long", help="About an hour and a half.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="About an hour: more of everything.")] = False,
     config: Files = None,
     resume: Resume = None,
 ) -> None:
