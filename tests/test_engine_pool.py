@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import ray
 import torch
 
+from apr_ray.bench.sglang_process import Server, sglang_server
 from apr_ray.config import Config, EngineConfig, WeightsConfig
 from apr_ray.core.errors import MismatchError, PartDied
 from apr_ray.core.ledger import Outcome
@@ -56,21 +58,33 @@ class PolicyInHand:
                 parameter.mul_(1.1)
 
 
-WITH_PROCESSES = {"sglang"}
-"""Engines that are processes beside their worker's, in a pool on CPUs."""
+ONLY = {
+    "test_a_killed_worker_leaves_no_scheduler": ["sglang"],  # vLLM runs inside the worker, and a server goes on
+    "test_a_worker_ends_with_its_scheduler": ["sglang"],
+    "test_a_worker_ends_with_its_server": ["sglang_server"],
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = [name for name in metafunc.config.getoption("--engines").split(",") if name != "torch"]
-    if "killed" in metafunc.function.__name__ or "ends_with" in metafunc.function.__name__:
-        names = [name for name in names if name in WITH_PROCESSES]
+    asked = [name for name in metafunc.config.getoption("--engines").split(",") if name != "torch"]
+    names = [name for name in asked if name in ONLY.get(metafunc.function.__name__, asked)]
     metafunc.parametrize("config", names, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def config(small_config: Config, request: pytest.FixtureRequest) -> Config:
-    engine = EngineConfig(name=request.param, device="cpu", max_sequences=8)
-    return small_config.model_copy(update={"engine": engine})
+def config(small_config: Config, checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Config]:
+    settings = {"name": request.param, "device": "cpu", "max_sequences": 8}
+    rollout = small_config.rollout
+    with ExitStack() as stack:
+        if request.param == "sglang_server":
+            server = stack.enter_context(sglang_server(checkpoint))
+            SERVERS.append(server)
+            settings |= {"server_urls": [server.url]}
+            rollout = rollout.model_copy(update={"workers": 1})
+        yield small_config.model_copy(update={"engine": EngineConfig.model_validate(settings), "rollout": rollout})
+
+
+SERVERS: list[Server] = []
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +155,10 @@ def test_a_worker_ends_with_its_scheduler(pool: RolloutPool, task: CountdownTask
     trees = [tree for _, tree in pool.run([TreeRequest(p) for p in task.problems("train", 2, 0)])]
     assert {v for tree in trees for v in tree.versions()} == {WeightVersion(0, 1)}
     assert pool.restarts == 1
+
+
+def test_a_worker_ends_with_its_server(pool: RolloutPool, task: CountdownTask) -> None:
+    """The one in its place finds no server either, which is not tried again."""
+    os.killpg(SERVERS[-1].process.pid, signal.SIGKILL)
+    with pytest.raises(PartDied, match=r"did not start: .*no SGLang server at http"):
+        list(pool.run([TreeRequest(p) for p in task.problems("train", 2, 0)]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -67,7 +69,8 @@ def sglang_server(
         _wait_until_it_answers(server)
         yield server
     finally:
-        os.killpg(process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # someone else ended it
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
