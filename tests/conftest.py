@@ -29,7 +29,7 @@ TASK = {
     "space": {"count": 3, "low": 1, "high": 12, "target_low": 1, "target_high": 60, "heldout_fraction": 0.2},
     "solver": {"beam_low": 1, "beam_high": 3, "child_beam_high": 4, "promising": 0.7},
 }
-MODEL = ModelConfig(hidden_size=32, layers=2, heads=2, ffn_size=48, context_tokens=768)
+MODEL = ModelConfig(hidden_size=64, layers=2, heads=2, ffn_size=48, context_tokens=768)
 
 
 @pytest.fixture(scope="session")

@@ -177,7 +177,7 @@ def started(name: str, checkpoint: Path) -> Iterator[Subject]:
 def checkpoints(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, task: Any, task_config: Any) -> Any:
     """Folders of a policy with tied embeddings, and of one with untied embeddings and grouped heads."""
     model = ModelConfig(
-        hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=40, context_tokens=64, tied_embeddings=False,
+        hidden_size=128, layers=2, heads=4, kv_heads=2, ffn_size=40, context_tokens=64, tied_embeddings=False,
         initializer_range=0.25,
     )  # fmt: skip
     untied = tmp_path_factory.mktemp("untied") / "policy"

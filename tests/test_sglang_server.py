@@ -122,9 +122,9 @@ def test_it_begins_with_the_runs_policy_and_streams(checkpoint: Path) -> None:
     assert [c.token_ids for c in chunks] == [(3,), (4, 9)]
     assert [c.logprobs for c in chunks] == [(-3.0,), (-4.0, -9.0)]
     assert (chunks[0].cached_tokens, chunks[-1].finish) == (2, FinishReason.STOP)
-    (_, info), (path, load), (_, asked) = server.asked[:3]
+    (_, info), (pause, _), (path, load), (go_on, _), (_, asked) = server.asked[:5]
     assert info is None
-    assert path == "/update_weights_from_disk"
+    assert (pause, path, go_on) == ("/pause_generation", "/update_weights_from_disk", "/continue_generation")
     assert load["model_path"] == str(checkpoint.absolute())
     assert (asked["input_ids"], asked["priority"], asked["stream"]) == ([5, 6, 7], 1, True)
 
@@ -142,7 +142,7 @@ def test_weights_go_through_a_folder_that_is_gone_afterwards(checkpoint: Path) -
     assert loaded.keys() == update.state_dict().keys()
     for name, array in update.state_dict().items():
         np.testing.assert_array_equal(loaded[name], array)
-    assert [path for path, _ in server.asked[2:]] == [
+    assert [path for path, _ in server.asked[4:]] == [
         "/pause_generation", "/update_weights_from_disk", "/continue_generation"
     ]  # fmt: skip
     assert list(checkpoint.parent.glob("served-*")) == []

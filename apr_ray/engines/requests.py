@@ -19,7 +19,8 @@ def token_limit(request: GenerateRequest, context_tokens: int, vocab: int, runni
         running: ids of the requests that run or wait.
 
     Raises:
-        AprError: the prompt is empty, leaves no room or holds ids outside the vocabulary, or the id is taken.
+        AprError: the prompt is empty or leaves no room, it or the stop ids hold ids outside the vocabulary, or the
+            request's id is taken.
     """
     prompt = request.prompt_ids
     if not prompt:
@@ -31,6 +32,8 @@ def token_limit(request: GenerateRequest, context_tokens: int, vocab: int, runni
         )
     if min(prompt) < 0 or max(prompt) >= vocab:
         raise AprError(f"prompt holds token ids outside 0..{vocab - 1}", "Use the checkpoint's tokenizer")
+    if any(not 0 <= i < vocab for i in request.sampling.stop_ids):
+        raise AprError(f"stop_ids hold token ids outside 0..{vocab - 1}", "Use the checkpoint's tokenizer")
     if request.request_id in running:
         raise AprError(f"request id {request.request_id!r} is already running", "Give each request its own id")
     return min(request.sampling.max_new_tokens, context_tokens - len(prompt))

@@ -173,6 +173,8 @@ class SGLangBase:
                 if running.cached is None:
                     running.cached = int(meta.get("cached_tokens", 0))
                     self._counts["cached_tokens"] += running.cached
+                if running.aborted and ended is None:  # again: over HTTP an abort may have come before its request
+                    await self._abort_in_sglang(running.sglang_id, [running.sglang_id])
                 if ended is None and running.held:
                     continue
                 done = len(running.ids) - before
@@ -185,6 +187,8 @@ class SGLangBase:
                 else:
                     self._emit(running, ids, logprobs, finish, error)
         running.sent = False
+        if not running.ended and not unasked:
+            raise RuntimeError("SGLang's stream ended without saying why")
         return not unasked
 
     def _finish_reason(

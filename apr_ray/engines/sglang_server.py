@@ -18,6 +18,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,14 @@ class SGLangServer(SGLangBase):
             raise ConfigError(f"engine.server_urls holds {url!r}", "Write it as http://host:port")
         self.url = url.rstrip("/")
         self.checkpoint = Path(checkpoint).absolute()
-        self._folder = self.checkpoint.parent / f"served-{os.getpid()}"
+        self._folder = self.checkpoint.parent / f"served-{uuid.uuid4().hex}"
         self._session: aiohttp.ClientSession | None = None
         self._require_suitable(self._ask_once("GET", "/server_info"), context_tokens)
         load = {"model_path": str(self.checkpoint), "weight_version": str(FIRST_VERSION), "flush_cache": True}
+        # Paused like any update, and afterwards running, in whatever state a worker that died left it.
+        self._ask_once("POST", "/pause_generation", {"mode": "retract"})
         done = self._ask_once("POST", "/update_weights_from_disk", load, UPDATE_S)
+        self._ask_once("POST", "/continue_generation", {})
         if not done.get("success"):
             raise AprError(
                 f"the SGLang server at {self.url} did not load {self.checkpoint}: {done.get('message')}",

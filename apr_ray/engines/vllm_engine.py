@@ -39,6 +39,10 @@ FIRST_VERSION = WeightVersion(0, 0)
 CPU_BLOCK_TOKENS = 32
 """vLLM shares prefixes in whole blocks; on a CPU it would take 128 tokens, and asks for multiples of 32."""
 FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM's attention on a CPU, which takes others too and fails at the first step."""
+MAX_TEMPERATURE = 2.0
+"""vLLM refuses more, and raises what is below 0.01 to that, when parameters are made; not afterwards."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -134,8 +138,14 @@ class VLLMEngine:
         self._updating = asyncio.Lock()
         self._asleep = False
         self._death = ""  # why it is dead; empty while it lives
+        self._closed = False
         self._driver: asyncio.Task[None] | None = None
         on_cpu = _require_device(device)
+        if on_cpu and shape.head_size not in CPU_HEAD_SIZES:
+            raise ConfigError(
+                f"vLLM's attention on a CPU has no heads of size {shape.head_size}",
+                f"Use a model with one of {', '.join(map(str, CPU_HEAD_SIZES))}: hidden_size / heads",
+            )
         arguments = {
             "model": str(checkpoint),
             "skip_tokenizer_init": True,
@@ -152,7 +162,8 @@ class VLLMEngine:
             "enable_sleep_mode": sleeps and not on_cpu,
             "worker_extension_cls": "apr_ray.engines.vllm_worker.WorkerExtension",
             **_kv_arguments(shape, dtype, kv_tokens, max_sequences, self.context_tokens, on_cpu),
-            **({"enforce_eager": True} if on_cpu else {}),
+            # Prefilled in pieces, a request with a seed would need an offset that generators on a CPU have not.
+            **({"enforce_eager": True, "enable_chunked_prefill": False} if on_cpu else {}),
             **(server_args or {}),
         }
         self.capabilities = replace(self.capabilities, sleeps=sleeps and not on_cpu)
@@ -222,6 +233,7 @@ class VLLMEngine:
 
     def _turn(self) -> tuple[WeightVersion, list[_Sampled]]:
         """In the thread: add and end what was asked for, then one step. Returns what it drew, under which weights."""
+        ended = [self._to_end.popleft() for _ in range(len(self._to_end))]  # first: each was added before it ended
         while self._to_add:
             running = self._to_add.popleft()
             self._engine.add_request(
@@ -230,8 +242,7 @@ class VLLMEngine:
                 _sampling(running),
                 priority=-running.request.priority,  # vLLM's lower goes first
             )
-        if self._to_end:
-            ended = [self._to_end.popleft() for _ in range(len(self._to_end))]
+        if ended:
             self._engine.abort_request(ended)
         if not self._engine.has_unfinished_requests():
             return self.version, []
@@ -324,8 +335,9 @@ class VLLMEngine:
         await self.abort("")
         if self._driver is not None:
             await self._driver
-        if not self._death:
-            self._death = "it was closed"
+        if not self._closed:
+            self._closed = True
+            self._death = self._death or "it was closed"
             await self._in_thread(lambda: _shut_down(self._engine))
         self._thread.shutdown()
         self._guard.close()
@@ -375,6 +387,7 @@ def _require_device(device: str | None) -> bool:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # `vllm_worker` knows the sampler of the first
     try:
         from vllm.platforms import current_platform
     except ModuleNotFoundError as error:
@@ -418,6 +431,9 @@ def _launch(arguments: dict[str, Any], on_cpu: bool) -> Any:
 
         # oneDNN would multiply with packed copies of the weights, which an update does not reach.
         vllm._custom_ops._supports_onednn = False
+        import vllm.model_executor.layers.utils
+
+        vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_: False  # which packs them too, with AMX
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -443,8 +459,8 @@ def _sampling(running: _Running) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     sampling = running.request.sampling
-    return SamplingParams(
-        temperature=sampling.temperature,
+    params = SamplingParams(
+        temperature=min(sampling.temperature, MAX_TEMPERATURE),
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         seed=sampling.seed,
@@ -454,7 +470,10 @@ def _sampling(running: _Running) -> Any:
         logprobs=0,  # the sampled token's
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,
     )
+    params.temperature = sampling.temperature
+    return params
 
 
 def _sampled(output: Any) -> _Sampled:
