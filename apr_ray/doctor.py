@@ -28,6 +28,7 @@ def examine(root: Path = Path(".")) -> list[Row]:
     for name, purpose in OPTIONAL.items():
         rows.append((name, _version(name) or _version(f"{name}-cpu") or "not installed", purpose))
     rows.append(("GPU", _gpu(), "optional"))
+    rows.append(("bfloat16 on the CPU", _bf16(), "optional: sft.precision=auto takes it where it is fast"))
     rows.append(("compiler", shutil.which("g++") or "none", "optional: nothing here compiles at run time"))
     rows.append(("cores", str(os.cpu_count()), "2 for the quickstart's times"))
     free = shutil.disk_usage(root).free / 2**30
@@ -44,6 +45,16 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _bf16() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown without torch"
+    import torch
+
+    from apr_ray.learner.trainer import multiplies_bf16
+
+    return "has instructions" if multiplies_bf16(torch.device("cpu")) else "no instructions: fp32 is faster"
 
 
 def _gpu() -> str:
