@@ -156,3 +156,13 @@ def conformance_table(reporter: TerminalReporter) -> str:
         "| largest \\|Δ logprob\\| to transformers | " + " | ".join(f"{deltas[e]:.1e}" for e in engines) + " |"
     )
     return "\n".join(lines)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of which `--engines` leaves no case is not skipped: it is not asked for."""
+    empty = [
+        i for i in items if any("empty parameter set" in str(m.kwargs.get("reason")) for m in i.iter_markers("skip"))
+    ]
+    if empty:
+        items[:] = [item for item in items if item not in empty]
+        config.hook.pytest_deselected(items=empty)

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch._dynamo
+
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, ConfigError, EngineAsleep, PartDied
 from apr_ray.core.weights import WeightUpdate, WeightVersion
@@ -427,6 +429,8 @@ def _launch(arguments: dict[str, Any], on_cpu: bool) -> Any:
     """vLLM's engine, in the thread that will own it. Raises AprError or ConfigError."""
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # vLLM ranks each sampled token by a function that torch would compile, which takes 20 s and a compiler.
+        torch._dynamo.config.disable = True
         import vllm._custom_ops
 
         # oneDNN would multiply with packed copies of the weights, which an update does not reach.
