@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_ray.core.errors import AprError
+from apr_ray.engines.process_guard import ProcessGuard
 from apr_ray.engines.sglang_base import SPARE_TOKENS
 from apr_ray.model.llama import read_config
 
@@ -62,15 +61,16 @@ def sglang_server(
     command = [sys.executable, "-m", "sglang.launch_server", "--enable-priority-scheduling"]
     command += ["--disable-priority-preemption", *(() if text else ("--skip-tokenizer-init",))]
     command += [str(x) for k, v in arguments.items() for x in (f"--{k}", v)]
-    environment = {**os.environ, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    own = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    guard = ProcessGuard()  # they die with this process too, however it ends
+    with guard.marking():
+        process = subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", process)
     try:
         _wait_until_it_answers(server)
         yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):  # someone else ended it
-            os.killpg(process.pid, signal.SIGKILL)
+        guard.close()
         process.wait()
 
 

@@ -31,6 +31,7 @@ from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import AprError, ConfigError, PartDied
 from apr_ray.core.weights import WeightUpdate
 from apr_ray.engines.sglang_base import FIRST_VERSION, SPARE_TOKENS, SGLangBase, require_success
+from apr_ray.model.llama import read_config
 
 API_KEY = "SGLANG_API_KEY"
 """The environment variable with the key of servers that ask for one (`--api-key`)."""
@@ -82,7 +83,7 @@ class SGLangServer(SGLangBase):
             )
 
     def _require_suitable(self, info: Mapping[str, Any], asked: int | None) -> None:
-        limit = int(info.get("context_length") or self.context_tokens)
+        limit = int(info.get("context_length") or read_config(self.checkpoint)["max_position_embeddings"])
         if asked is None:
             self.context_tokens = min(self.context_tokens, limit - SPARE_TOKENS)
         elif asked + SPARE_TOKENS > limit:
