@@ -86,7 +86,7 @@ def test_every_way_of_sending_weights_brings_the_same_bytes(ray_local: None) -> 
 
     small = ("model.hidden_size=32", "model.layers=2", "model.heads=2", "model.ffn_size=48")
     result = run(sizes=("4mb",), overrides=small, repeats=1)
-    numbers(result, "of_per_tensor", "gloo_ms_4mb", "per_tensor_ms_4mb", "stall_ms_4mb")
+    numbers(result, "of_per_tensor", "gloo_ms_4mb", "per_tensor_ms_4mb", "decode_without_update_ms_4mb")
     numbers(result, *(f"{name}_ms_4mb" for name in TRANSPORTS))
     assert result["differing_receivers_4mb"] == 0
 

@@ -171,7 +171,9 @@ class SGLangServer(SGLangBase):
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=_headers(),
-                connector=aiohttp.TCPConnector(limit=0),  # as many requests as trees have threads
+                # As many requests as trees have threads, each on a connection of its own: one that is used again may
+                # have been closed by the server just then, which looks as if the server were gone.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
                 read_bufsize=MAX_LINE_BYTES,
             )
