@@ -8,7 +8,7 @@ VLLM := $(VENV)/vllm-cpu
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv sglang vllm quickstart test test-vllm test-slow lint docs bench bench-sglang clean
+.PHONY: venv sglang vllm quickstart test test-server test-vllm test-slow lint docs bench bench-sglang clean
 
 venv: $(READY)
 
@@ -41,8 +41,13 @@ quickstart: venv
 test: sglang
 	$(BIN)/pytest
 
+ENGINE_TESTS := tests/test_engine_conformance.py tests/test_engine_pool.py
+
+test-server: sglang
+	$(BIN)/pytest --engines sglang_server $(ENGINE_TESTS)
+
 test-vllm: vllm
-	PYTHONPATH=$(CURDIR)/$(VLLM) $(BIN)/pytest --engines vllm tests/test_engine_conformance.py tests/test_engine_pool.py
+	PYTHONPATH=$(CURDIR)/$(VLLM) $(BIN)/pytest --engines vllm $(ENGINE_TESTS)
 
 test-slow: sglang
 	$(BIN)/pytest -m slow

@@ -112,9 +112,7 @@ def allow_sglang_on_a_cpu() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--engines", metavar="NAMES", default="torch,sglang,sglang_server", help="engines to hold to the interface"
-    )
+    parser.addoption("--engines", metavar="NAMES", default="torch,sglang", help="engines to hold to the interface")
     parser.addoption("--conformance-table", metavar="FILE", help="also write the engines' table to a Markdown file")
 
 
