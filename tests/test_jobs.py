@@ -98,7 +98,8 @@ def head(tmp_path: Path) -> Iterator[Head]:
     private one of another test too, gets none there: it runs on without, and says only "No available agent".
     """
     (tmp_path / "bin").mkdir()
-    for needed in (SCRIPTS / "apr-ray", shutil.which("bash")):  # Ray starts its workers with bash
+    # Ray starts its workers with bash; what watches a job sleeps between its looks, and would spin without `sleep`.
+    for needed in (SCRIPTS / "apr-ray", shutil.which("bash"), shutil.which("sleep")):
         assert needed is not None
         (tmp_path / "bin" / Path(needed).name).symlink_to(needed)
     environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDA_HOME")}
