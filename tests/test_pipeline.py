@@ -295,6 +295,23 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
 
 
 def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
+    """Coin rewards are half ones, whatever was solved; engines that do not follow stop the run at the first sync."""
+    policy = finished.path / "sft" / "final"
+    coin = small_config.grpo.model_copy(update={"reward": "random", "advantage": "success", "steps": 1})
+    run = RunDir.create(with_run(small_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
+    train_grpo(run.config, run, policy, QUIET)
+    (row,) = [r for r in run.metrics() if "rollout/reward" in r]
+    assert row["rollout/reward"] > 0
+    weights = small_config.weights.model_copy(update={"transport": "none"})
+    changing = small_config.grpo.model_copy(update={"reward": "random"})  # else there may be nothing to learn from
+    frozen = with_run(small_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
+    with pytest.raises(MismatchError, match=r"after sync 0\.1 engines and learners differ"):
+        train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_all_arms_are_trained_and_compared(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
     """Every arm trains and is judged on the same problems; engines that do not follow stop theirs at the first sync."""
     file = tmp_path / "small.yaml"
     file.write_text(to_yaml(small_config))

@@ -81,7 +81,7 @@ def run_controls(
         "grpo.eval_every=1000000",  # only training counts
         "sft.eval_every=1000000",
         "sft.save_every=1000000",
-        "grpo.keep_batches=off",
+        "grpo.keep_batches='off'",
     ]
     base = load_config(files, overrides)
     root = Path(base.run.root).resolve() / (base.run.name or "controls")
