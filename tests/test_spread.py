@@ -37,6 +37,7 @@ def test_spread_trees_are_the_local_ones(ray_local: None, tmp_path: Path) -> Non
     config = recording.config
     save_policy(fresh_policy(config), load_task(config.task).tokenizer(), config.task, tmp_path / "policy")
     pool = replaying_pool(recording, str(tmp_path / "policy"), workers=2, fan_out="spread")
+    pool.stats()  # a worker that answers has met the others: until then its children decode on their parent's engine
     trees = dict(pool.run(recording.requests))
     assert all(s.active_requests == s.waiting_requests == 0 for s in pool.stats())
     pool.stop()
