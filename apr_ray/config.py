@@ -154,7 +154,7 @@ class SftConfig(Section):
     train its earlier text and the joins again); or the whole prompt of every call."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """bf16 runs the matrix products of a step under autocast; weights, optimiser and loss stay in float32. auto is bf16
-    where every rank's processor multiplies it, else fp32: a CPU without such instructions is seven times slower with
+    where every rank's processor multiplies it, else fp32: a CPU without such instructions is six times slower with
     bf16. GRPO is always float32, since its ratios compare logprobs with the engine's."""
     eval_every: Positive = 5000
     """Steps between evaluations on held-out problems; the best policy is kept."""

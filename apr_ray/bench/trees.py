@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
@@ -215,7 +214,6 @@ def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest], 
     tokenizer = task.load_tokenizer(checkpoint)
     protocol = task.protocol(tokenizer)
     with (
-        tempfile.TemporaryDirectory(),
         sglang_server(FilePath(checkpoint), max_sequences=128, device=device, text=True) as server,
         ThreadPoolExecutor(CONCURRENT * (1 + config.bounds.max_children)) as threads,
     ):
