@@ -16,6 +16,7 @@ import numpy as np
 from apr_ray.config import Config, load_config
 from apr_ray.core.errors import AprError, MismatchError
 from apr_ray.core.trees_io import read_trees
+from apr_ray.data.demonstrations import Demonstrations
 from apr_ray.metrics.names import mode_name
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
@@ -83,6 +84,7 @@ def run_controls(
         "sft.save_every=1000000",
         "grpo.keep_batches='off'",
     ]
+    Demonstrations.load(data)  # what is missing is said before the first arm is trained
     base = load_config(files, overrides)
     root = Path(base.run.root).resolve() / (base.run.name or "controls")
     for seed in range(seeds):
