@@ -74,6 +74,18 @@ def test_a_share_of_the_childrens_sequences_is_shown_anew_each_epoch() -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_ranks_get_as_many_sequences_each() -> None:
+    data = toy(301)
+    sampler = SftSampler(data, 400, mask="none", seed=0, ranks=2)
+    seen: list[int] = []
+    while len(seen) < len(data):
+        batch = firsts(sampler, "all", 1)[0]
+        seen += batch
+        if len(batch) % 2:
+            assert data.lengths.max() == data.lengths[np.searchsorted(data.offsets, batch)].max()
+    assert sorted(seen) == data.offsets[:-1].tolist()
+
+
 @pytest.mark.parametrize(("mask", "part"), [("none", 0.0), ("given", 0.25), ("prompt", 0.5)])
 def test_a_mask_takes_the_loss_off_the_beginning_of_a_sequence(mask: str, part: float) -> None:
     data = toy()

@@ -216,7 +216,7 @@ class Demonstrations:
 
 
 class SftSampler:
-    """Batches in an order that (seed, position) alone decides, so that a resumed run goes on where it was.
+    """Batches in an order that its arguments alone decide, so that a resumed run goes on where it was.
 
     Sequences are shuffled, cut into windows, sorted by length within each window (little padding), grouped into batches
     of about `batch_tokens`, and the batches of a window shuffled. In the first phase only children's sequences are
@@ -224,6 +224,7 @@ class SftSampler:
 
     Args:
         mask: what carries no loss; see `config.SftConfig`.
+        ranks: sequences of about the same length come in so many, so that no rank has more of them than another.
         child_share: share of the children's sequences in the phase "all".
         position: batches already taken, per phase ("child", "all").
     """
@@ -237,6 +238,7 @@ class SftSampler:
         *,
         mask: str,
         seed: int,
+        ranks: int = 1,
         child_share: float = 1.0,
         position: dict[str, int] | None = None,
     ) -> None:
@@ -244,6 +246,7 @@ class SftSampler:
         self.batch_tokens = batch_tokens
         self.skipped = {"none": np.zeros_like(data.given), "given": data.given, "prompt": data.prompts}[mask]
         self.seed = seed
+        self.ranks = ranks
         self.child_share = child_share
         self.position = {"child": 0, "all": 0} | (position or {})
         self._streams: dict[str, Iterator[np.ndarray[Any, Any]]] = {}
@@ -271,8 +274,8 @@ class SftSampler:
             for start in range(0, len(order), self.WINDOW):
                 window = order[start : start + self.WINDOW]
                 window = window[np.argsort(lengths[window], kind="stable")]
-                ends = np.cumsum(lengths[window])
-                cuts = np.flatnonzero(np.diff(ends // self.batch_tokens)) + 1
+                ends = np.cumsum(lengths[window])[self.ranks - 1 :: self.ranks]
+                cuts = (np.flatnonzero(np.diff(ends // self.batch_tokens)) + 1) * self.ranks
                 batches = np.split(window, cuts)
                 for index in rng.permutation(len(batches)):
                     yield batches[index]

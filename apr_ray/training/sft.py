@@ -39,6 +39,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         sft.batch_tokens,
         mask=sft.mask,
         seed=config.run.seed,
+        ranks=config.learner.ranks,
         child_share=sft.child_share,
         position=state.position,
     )
