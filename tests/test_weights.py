@@ -25,7 +25,7 @@ from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightVersion, layout_of, pieces_of
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.llama import load_policy
-from apr_ray.model.state import checksum, pack_weights, trainable_parameters
+from apr_ray.model.state import RunningChecksum, checksum, pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.worker import _Trees
 from apr_ray.tasks.countdown.task import CountdownTask
@@ -68,11 +68,11 @@ def engine_weights(pool: RolloutPool) -> list[tuple[str, int]]:
 
     def read(worker: Any) -> tuple[str, int]:
         tensors = [t for _, t in sorted(vars(worker.engine.decoder).items()) if hasattr(t, "numpy")]
-        crc = 0
+        running, total = RunningChecksum(), 0
         for tensor in tensors:
             if tensor.numel() and tensor.dim() < 4:  # not the KV
-                crc = checksum(tensor.numpy(), crc)
-        return str(worker.engine.version), crc
+                total = running.add(tensor.numpy())
+        return str(worker.engine.version), total
 
     return list(ray.get([worker.__ray_call__.remote(read) for worker in pool.workers]))
 
@@ -93,7 +93,7 @@ def test_every_transport_brings_the_same_weights(
             assert check_engines(learners, pool, [(5, 6, 7), (8, 9)], 1.0, config, version) < 1e-5
             now = engine_weights(pool)
             assert {v for v, _ in now} == {str(version)}
-            held |= {crc for _, crc in now}
+            held |= {total for _, total in now}
         transport.close()
     assert len(held) == 1, "the learners' weights did not change, what the engines hold did"
 
@@ -241,12 +241,12 @@ def test_a_wrong_checksum_names_the_piece() -> None:
     source = CollectiveSource(Place(address, 1, 2, 1, "gloo", 10.0), LAYOUT, 12, FIRST)
 
     def send_badly() -> None:
-        group, crcs = Group(sink.place, sink.store), [0]
+        group, running, sums = Group(sink.place, sink.store), RunningChecksum(), []
         for piece in pieces(np.ones(NUMBERS, dtype=np.float32), 12):
             group.finish(group.broadcast(torch.from_numpy(piece)))
-            crcs.append(checksum(piece, crcs[-1]))
-        crcs[2] += 1
-        group.finish(group.broadcast(torch.tensor(crcs)))
+            sums.append(running.add(piece))
+        sums[1] ^= 1
+        group.finish(group.broadcast(torch.tensor(sums)))
 
     with ThreadPoolExecutor(1) as threads:
         sending = threads.submit(send_badly)

@@ -57,7 +57,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class WeightUpdate:
-    """All parameters of one version in one flat float32 buffer, with a CRC-32 of its bytes.
+    """All parameters of one version in one flat float32 buffer, with a checksum of its bytes.
 
     One buffer, because one large copy is many times faster than one per parameter (measured by `apr-ray bench sync`).
     """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from apr_ray.core.errors import WeightsRejected
 from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of
@@ -33,9 +33,25 @@ def copy_flat(tensors: Iterable[torch.Tensor], flat: np.ndarray[Any, Any]) -> No
         offset += tensor.numel()
 
 
-def checksum(flat: np.ndarray[Any, Any], before: int = 0) -> int:
-    """CRC-32 of a buffer's bytes; `before` is the checksum of what precedes it."""
-    return zlib.crc32(np.ascontiguousarray(flat).view(np.uint8).data, before)
+def checksum(flat: np.ndarray[Any, Any]) -> int:
+    """See `RunningChecksum`, of one buffer."""
+    return RunningChecksum().add(flat)
+
+
+class RunningChecksum:
+    """XXH3 of bytes as they come, without its highest bit, so that it fits a signed number of 64 bits.
+
+    It guards against what gets lost or mixed up on the way, not against an attacker; and it reads at the speed of
+    memory, of which two checks of every update are made.
+    """
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+
+    def add(self, flat: np.ndarray[Any, Any]) -> int:
+        """Take in a buffer; returns the checksum of all so far."""
+        self._hash.update(np.ascontiguousarray(flat).view(np.uint8).data)
+        return self._hash.intdigest() & 0x7FFF_FFFF_FFFF_FFFF
 
 
 def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], current: WeightVersion) -> None:

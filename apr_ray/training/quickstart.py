@@ -23,14 +23,13 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
     """
     task = load_task(config.task)
     data, sft, grpo = run.path / "data", run.path / "sft", run.path / "grpo"
+    if not data.exists():
+        # A Ray of its own: what Ray Data leaves running would take its share of the cores from all that follows.
+        with ray_session(config, training_needs(config)), bars.bar("demonstrations", 1.0) as bar:
+            problems = task.problems("train", config.data.train_problems, config.run.seed)
+            summary = write_demonstrations(problems, config.task, config.data, config.run.seed, data)
+            bar.update(1.0, f"{summary.trees:,} trees, {summary.tokens / 1e6:.1f} M tokens, {summary.solved:,} solved")
     with ray_session(config, training_needs(config)):
-        if not data.exists():
-            with bars.bar("demonstrations", 1.0) as bar:
-                problems = task.problems("train", config.data.train_problems, config.run.seed)
-                summary = write_demonstrations(problems, config.task, config.data, config.run.seed, data)
-                bar.update(
-                    1.0, f"{summary.trees:,} trees, {summary.tokens / 1e6:.1f} M tokens, {summary.solved:,} solved"
-                )
         policy = sft / "final"
         if not policy.exists():
             policy = train_sft(config, _phase(run, "sft"), data, bars)

@@ -25,7 +25,7 @@ from apr_ray.config import WeightsConfig
 from apr_ray.core.errors import PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.weights import SyncReport, TensorSpec, WeightUpdate, WeightVersion, pieces_of
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.model.state import checksum
+from apr_ray.model.state import RunningChecksum
 from apr_ray.parts import DEAD
 from apr_ray.rollout.pool import Membership, RolloutPool, Worker
 from apr_ray.weights.transport import Sending, Transport, receive
@@ -161,15 +161,15 @@ class CollectiveSink:
         """Broadcast each piece while the next is gathered, then the checksums up to the end of each."""
         if self.group is None:
             self.group = Group(self.place, self.store)
-        group, crcs, work = self.group, [0], None
+        group, running, sums, work = self.group, RunningChecksum(), [], None
         for piece in pieces:
             if work is not None:
                 group.finish(work)
             work = group.broadcast(torch.from_numpy(piece).to(group.device))
-            crcs.append(checksum(piece, crcs[-1]))
+            sums.append(running.add(piece))
         if work is not None:
             group.finish(work)
-        group.finish(group.broadcast(torch.tensor(crcs, device=group.device)))
+        group.finish(group.broadcast(torch.tensor(sums, dtype=torch.int64, device=group.device)))
 
     def close(self) -> None:
         """Leave the group."""
@@ -205,22 +205,22 @@ class CollectiveSource:
                 else torch.empty(end - start, device=group.device)
             )
             works.append((group.broadcast(landing), landing))
-        crcs = [0]
+        running, sums = RunningChecksum(), []
         for view, (work, landing) in zip(views, works, strict=True):
             group.finish(work)
             if group.place.backend != "gloo":
                 view[:] = landing.cpu().numpy()
-            crcs.append(checksum(view, crcs[-1]))
-        sent = torch.zeros(len(crcs), dtype=torch.int64, device=group.device)
+            sums.append(running.add(view))
+        sent = torch.zeros(len(sums), dtype=torch.int64, device=group.device)
         group.finish(group.broadcast(sent))
-        for number, (ours, theirs) in enumerate(zip(crcs, sent.tolist(), strict=True)):
+        for number, (ours, theirs) in enumerate(zip(sums, sent.tolist(), strict=True)):
             if ours != theirs:
-                names = [spec.name for spec in pieces[number - 1]]
+                names = [spec.name for spec in pieces[number]]
                 raise WeightsRejected(
                     f"weights {self.version} refused: the checksum of {names[0]} … {names[-1]} is wrong",
                     "Nothing was applied; send a full update",
                 )
-        return WeightUpdate(self.version, self.layout, flat, crcs[-1])
+        return WeightUpdate(self.version, self.layout, flat, sums[-1])
 
 
 class _Receiver:

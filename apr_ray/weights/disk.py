@@ -66,7 +66,7 @@ class FileSink:
         update = WeightUpdate(version, layout, flat, checksum(flat))
         path = Path(self.folder) / f"weights-{version}.safetensors"
         order = "\n".join(spec.name for spec in layout)
-        about = {"version": str(version), "crc32": str(update.checksum), "order": order}
+        about = {"version": str(version), "xxh3": str(update.checksum), "order": order}
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as part:
             try:
                 save_file(update.state_dict(), part.name, metadata=about)
@@ -108,4 +108,4 @@ class FileSource:
             raise SyncFailed(
                 f"cannot read weights {self.path}: {error}", "Do all nodes share weights.folder?"
             ) from error
-        return WeightUpdate(WeightVersion.parse(about["version"]), layout, flat, int(about["crc32"]))
+        return WeightUpdate(WeightVersion.parse(about["version"]), layout, flat, int(about["xxh3"]))

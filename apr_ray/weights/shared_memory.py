@@ -14,7 +14,7 @@ import ray
 from apr_ray.core.errors import SyncFailed
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.model.state import checksum
+from apr_ray.model.state import RunningChecksum
 from apr_ray.rollout.pool import Membership
 from apr_ray.weights.transport import Sending, Transport, receive, wait_for_all
 
@@ -52,13 +52,13 @@ class MemorySink:
         self.turn = 1 - self.turn
         descriptor, memory = self.buffers[self.turn]
         flat: np.ndarray[Any, Any] = np.frombuffer(memory, dtype=np.float32)
-        offset, crc = 0, 0
+        offset, running, total = 0, RunningChecksum(), 0
         for piece in pieces:
             flat[offset : offset + piece.size] = piece
-            crc = checksum(piece, crc)
+            total = running.add(piece)
             offset += piece.size
         node = ray.get_runtime_context().get_node_id()
-        return MemorySource(os.getpid(), descriptor, size, node, layout, version, crc)
+        return MemorySource(os.getpid(), descriptor, size, node, layout, version, total)
 
     def close(self) -> None:
         """Let go of the memory; workers that still map it keep it."""
@@ -83,7 +83,7 @@ class MemorySource:
     node: str
     layout: tuple[TensorSpec, ...]
     version: WeightVersion
-    crc: int
+    checksum: int
 
     def fetch(self) -> WeightUpdate:
         """A view of the shared memory; nothing is copied. It holds this version until the next but one is sent."""
@@ -98,4 +98,4 @@ class MemorySource:
                 memory = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise SyncFailed(f"cannot map the learner's weights: {error.strerror}", "Does it run?") from error
-        return WeightUpdate(self.version, self.layout, np.frombuffer(memory, dtype=np.float32), self.crc)
+        return WeightUpdate(self.version, self.layout, np.frombuffer(memory, dtype=np.float32), self.checksum)
