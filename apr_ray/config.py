@@ -212,6 +212,8 @@ class GrpoConfig(Section):
     the trees that run when new weights come."""
     eval_every: Positive = 10
     """Steps between evaluations on held-out problems; the best policy is kept."""
+    initial_evaluation: bool = True
+    """Evaluate, on all held-out problems, the policy that training begins with."""
     save_every: Positive = 10
     """Steps between checkpoints."""
     keep_batches: Literal["off", "last", "every"] = "last"

@@ -89,7 +89,7 @@ def ray_local() -> Iterator[None]:
     """One private Ray for the whole test session. Its GPUs are only counted: nothing computes on them."""
     import ray
 
-    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -94,7 +94,7 @@ def test_every_way_of_sending_weights_brings_the_same_bytes(ray_local: None) -> 
 def test_pool_and_engine_alone_decode_the_same_tokens(ray_local: None) -> None:
     from apr_ray.bench.rollout import run
 
-    result = run(trees=12, repeats=1)
+    result = run(trees=12, repeats=1, alone_trees=2)
     numbers(
         result,
         "pool_tokens_per_s",

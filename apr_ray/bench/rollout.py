@@ -31,14 +31,18 @@ from apr_ray.rollout.pool import RolloutPool, calls_at_once
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
 
-ALONE_TREES = 24
-"""Trees of the latency measurement."""
 
-
-def run(trees: int = 256, repeats: int = REPEATS, engine: str | None = None, checkpoint: str | None = None) -> Result:
+def run(
+    trees: int = 256,
+    repeats: int = REPEATS,
+    engine: str | None = None,
+    checkpoint: str | None = None,
+    alone_trees: int = 24,
+) -> Result:
     """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime.
 
     Recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own: see `bench.trees`.
+    The latency of a tree is measured on the first `alone_trees`, one at a time.
     """
     if engine is not None or checkpoint is not None:
         from apr_ray.bench import trees as real
@@ -65,7 +69,7 @@ def run(trees: int = 256, repeats: int = REPEATS, engine: str | None = None, che
 
         times = in_turn({"pool": ours, "alone": alone}, repeats)
         pool.stop()
-        latency = lane_latency_s(recording, f"{folder}/policy", repeats)
+        latency = lane_latency_s(recording, f"{folder}/policy", alone_trees, repeats)
     waits = join_waits_s(made["trees"])
     return {
         "ratio": times["alone"] / times["pool"],
@@ -81,9 +85,9 @@ def run(trees: int = 256, repeats: int = REPEATS, engine: str | None = None, che
     }
 
 
-def lane_latency_s(recording: Recording, checkpoint: str, repeats: int) -> dict[str, float]:
+def lane_latency_s(recording: Recording, checkpoint: str, trees: int, repeats: int) -> dict[str, float]:
     """Mean seconds of a tree, one at a time over two workers: children on their parent's engine, or over both."""
-    requests = recording.requests[:ALONE_TREES]
+    requests = recording.requests[:trees]
     pools = {lanes: replaying_pool(recording, checkpoint, workers=2, fan_out=lanes) for lanes in ("local", "spread")}
 
     def one_by_one(pool: RolloutPool) -> None:

@@ -118,7 +118,11 @@ class SGLangBase:
         """End the requests with these ids; they are all whose ids start with the prefix."""
         raise NotImplementedError
 
-    async def _apply(self, update: WeightUpdate) -> None:
+    def _staged(self, update: WeightUpdate) -> contextlib.AbstractAsyncContextManager[Any]:
+        """The weights where SGLang can read them, put there while it decodes on, and gone when the block ends."""
+        raise NotImplementedError
+
+    async def _apply(self, staged: Any, version: WeightVersion) -> None:
         """Retract what runs, load, flush all KV, go on. RuntimeError with SGLang's message if a step fails."""
         raise NotImplementedError
 
@@ -277,13 +281,14 @@ class SGLangBase:
             self._require_awake()
             await asyncio.to_thread(check_update, update, self.expected, self.version)
             self._loop = asyncio.get_running_loop()
-            self._open.clear()
-            for running in self.by_id.values():
-                running.held = running.sent
-            try:
-                await self._whole(self._apply(update), f"SGLang took weights {update.version}")
-            finally:
-                self._open.set()
+            async with self._staged(update) as staged:
+                self._open.clear()
+                for running in self.by_id.values():
+                    running.held = running.sent
+                try:
+                    await self._whole(self._apply(staged, update.version), f"SGLang took weights {update.version}")
+                finally:
+                    self._open.set()
             self.version = update.version
 
     # --- life and death ---------------------------------------------------------------------------------------------

@@ -16,16 +16,17 @@ import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import AprError, ConfigError
-from apr_ray.core.weights import WeightUpdate
+from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard, environment
 from apr_ray.engines.requests import refuse_unknown
 from apr_ray.engines.sglang_base import FIRST_VERSION, SPARE_TOKENS, SGLangBase, require_success
@@ -111,8 +112,13 @@ class SGLangEngine(SGLangBase):
 
         self._manager._dispatch_to_scheduler(AbortReq(rid=prefix, abort_all=not prefix))
 
-    async def _apply(self, update: WeightUpdate) -> None:
-        """See `SGLangBase._apply`: through one buffer in shared memory."""
+    @contextlib.asynccontextmanager
+    async def _staged(self, update: WeightUpdate) -> AsyncIterator[list[bytes]]:
+        """See `SGLangBase._staged`: one buffer in shared memory per tensor-parallel rank."""
+        yield await asyncio.to_thread(_flattened_bucket, update, int(self._engine.server_args.tp_size))
+
+    async def _apply(self, staged: list[bytes], version: WeightVersion) -> None:
+        """See `SGLangBase._apply`."""
         from sglang.srt.managers.io_struct import (
             BeginWeightUpdateReqInput,
             ContinueGenerationReqInput,
@@ -125,10 +131,10 @@ class SGLangEngine(SGLangBase):
         await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
         require_success("begin_weight_update", *await manager.begin_weight_update(BeginWeightUpdateReqInput()))
         load = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=_flattened_bucket(update, int(self._engine.server_args.tp_size)),
+            serialized_named_tensors=staged,
             load_format="flattened_bucket",
             flush_cache=True,
-            weight_version=str(update.version),
+            weight_version=str(version),
         )
         require_success("update_weights_from_tensor", *await manager.update_weights_from_tensor(load))
         require_success("end_weight_update", *await manager.end_weight_update(EndWeightUpdateReqInput()))
@@ -324,7 +330,8 @@ def _flattened_bucket(update: WeightUpdate, ranks: int) -> list[bytes]:
         metadata.append(FlattenedTensorMetadata(spec.name, shape, torch.float32, start, start + size, size))
     payloads = []
     for _ in range(ranks):
-        # A copy: serialising moves the buffer to shared memory, and the update's may be read-only.
-        flat = torch.tensor(update.flat).view(torch.uint8)
+        # Written where it will be read: serialising another tensor would copy it into shared memory first.
+        flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(update.flat.nbytes))
+        flat.numpy()[:] = update.flat.view(np.uint8)
         payloads.append(MultiprocessingSerializer.serialize({"flattened_tensor": flat, "metadata": metadata}))
     return payloads

@@ -19,7 +19,7 @@ import shutil
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import AprError, ConfigError, PartDied
-from apr_ray.core.weights import WeightUpdate
+from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.sglang_base import FIRST_VERSION, SPARE_TOKENS, SGLangBase, require_success
 from apr_ray.model.llama import read_config
 
@@ -130,17 +130,22 @@ class SGLangServer(SGLangBase):
         with contextlib.suppress(RuntimeError):  # if the server is gone, so is what runs there
             await asyncio.gather(*(self._post("/abort_request", {"rid": one}) for one in ids))
 
-    async def _apply(self, update: WeightUpdate) -> None:
-        """See `SGLangBase._apply`: through a folder that the server reads."""
+    @contextlib.asynccontextmanager
+    async def _staged(self, update: WeightUpdate) -> AsyncIterator[Path]:
+        """See `SGLangBase._staged`: a folder that the server reads."""
         folder = await asyncio.to_thread(self._write, update)
         try:
-            await self._post("/pause_generation", {"mode": "retract"})
-            load = {"model_path": str(folder), "weight_version": str(update.version), "flush_cache": True}
-            answer = await self._post("/update_weights_from_disk", load)
-            require_success("update_weights_from_disk", bool(answer.get("success")), str(answer.get("message")))
-            await self._post("/continue_generation", {})
+            yield folder
         finally:
             await asyncio.to_thread(shutil.rmtree, folder)
+
+    async def _apply(self, staged: Path, version: WeightVersion) -> None:
+        """See `SGLangBase._apply`."""
+        await self._post("/pause_generation", {"mode": "retract"})
+        load = {"model_path": str(staged), "weight_version": str(version), "flush_cache": True}
+        answer = await self._post("/update_weights_from_disk", load)
+        require_success("update_weights_from_disk", bool(answer.get("success")), str(answer.get("message")))
+        await self._post("/continue_generation", {})
 
     def _write(self, update: WeightUpdate) -> Path:
         """The weights as a checkpoint that SGLang can load: the policy's own files, but for the tensors."""

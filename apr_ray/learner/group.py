@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from apr_ray.parts import DEAD, died, own_log
 from apr_ray.placement import Places, learner_places
 from apr_ray.tasks.registry import load_task
 
+UNUSED = ("mlflow", "scipy", "sklearn")
+"""What DeepSpeed (for its autotuner) and transformers (for losses and generation that nobody asks for here) import where
+it is installed, which takes seconds of every rank's start."""
 NAMING_S = 30.0
 """How long to ask, after a call that failed, which rank died."""
 
@@ -27,6 +31,8 @@ class LearnerActor:
     """A thin shell around one `Trainer`."""
 
     def __init__(self, config: Config, optimizer: OptimizerConfig, init_from: str | None, rank: int) -> None:
+        for unused in UNUSED:
+            sys.modules.setdefault(unused, None)  # type: ignore[arg-type]  # as if it were not installed
         import torch
 
         torch.set_num_threads(1)

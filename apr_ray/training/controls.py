@@ -90,7 +90,7 @@ def run_controls(
     for seed in range(seeds):
         for arm in ARMS:
             preset = [] if arm == GRPO else [str(Path(__file__).parents[1] / "presets" / f"control-{arm}.yaml")]
-            own = [f"run.seed={seed}", f"run.name={root.name}/{arm}-{seed}"]
+            own = [f"run.seed={seed}", f"run.name={root.name}/{arm}-{seed}", f"grpo.initial_evaluation={arm == GRPO}"]
             _train(arm, load_config([*files, *preset], [*common, *own]), root / f"{arm}-{seed}", policy, data, bars)
     modes = [mode_name(t) for t in base.evaluation.temperatures]
     return [_outcome(root, arm, mode, seeds) for arm in ARMS for mode in modes]

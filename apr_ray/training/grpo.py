@@ -96,7 +96,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         learners, pool, watch = parts.learners, parts.pool, parts.watch
         if found:
             parts.transport.broadcast(learners, pool, version)
-        else:
+        elif grpo.initial_evaluation:
             watch.full_evaluation(pool, parts.reward, 0)
         clock = Clock(state.elapsed_s)
 

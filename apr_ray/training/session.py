@@ -98,6 +98,7 @@ def _private_ray(config: Config) -> Iterator[None]:
         with guard.marking():
             # Learners and rollout workers take turns, so a machine may promise more CPUs than it has.
             ray.init(
+                "local",  # also where RAY_ADDRESS is set, or `ray start` was run on this machine
                 num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
                 include_dashboard=bool(config.ray.dashboard_port),
                 dashboard_port=config.ray.dashboard_port or None,
