@@ -22,7 +22,7 @@ from apr_ray.tasks.registry import load_task
 
 UNUSED = ("mlflow", "scipy", "sklearn")
 """What DeepSpeed (for its autotuner) and transformers (for losses and generation that nobody asks for here) import where
-it is installed, which takes seconds of every rank's start."""
+they find it, which takes seconds of every rank's start."""
 NAMING_S = 30.0
 """How long to ask, after a call that failed, which rank died."""
 
