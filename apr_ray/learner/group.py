@@ -21,8 +21,8 @@ from apr_ray.placement import Places, learner_places
 from apr_ray.tasks.registry import load_task
 
 UNUSED = ("mlflow", "scipy", "sklearn")
-"""What DeepSpeed (for its autotuner) and transformers (for losses and generation that nobody asks for here) import where
-they find it, which takes seconds of every rank's start."""
+"""What DeepSpeed (for its autotuner) and transformers (for losses and generation that nobody asks for here) import
+where they find it, which takes seconds of every rank's start."""
 NAMING_S = 30.0
 """How long to ask, after a call that failed, which rank died."""
 
