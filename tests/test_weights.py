@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,24 @@ from apr_ray.config import Config, LearnerConfig, OptimizerConfig, WeightsConfig
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import ConfigError, PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.ledger import ThreadTree
-from apr_ray.core.weights import WeightVersion, layout_of, pieces_of
+from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.llama import load_policy
-from apr_ray.model.state import RunningChecksum, checksum, pack_weights, trainable_parameters
+from apr_ray.model.shared_buffer import MemorySource, memory_source, new_shared
+from apr_ray.model.state import (
+    CACHED_NUMBERS,
+    RunningChecksum,
+    check_update,
+    checksum,
+    pack_weights,
+    trainable_parameters,
+)
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.worker import _Trees
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.threads.runtime import TreeRequest
 from apr_ray.weights.check import check_engines
-from apr_ray.weights.collective import CollectiveSink, CollectiveSource, Group, Place
+from apr_ray.weights.collective import CollectiveSink, CollectiveSource, CollectiveTransport, Group, Place
 from apr_ray.weights.disk import FileSink, FileSource
 from apr_ray.weights.registry import build_transport
 from apr_ray.weights.transport import receive
@@ -96,6 +105,24 @@ def test_every_transport_brings_the_same_weights(
             held |= {total for _, total in now}
         transport.close()
     assert len(held) == 1, "the learners' weights did not change, what the engines hold did"
+
+
+def test_a_group_has_one_worker_of_each_node(learners: LearnerGroup, pool: RolloutPool, tmp_path: Path) -> None:
+    """The workers of this node share memory. Where one says that it is elsewhere, the broadcast reaches it too."""
+
+    version = max(WeightVersion.parse(v) for v, _ in engine_weights(pool))
+    here = ray.get(pool.workers[0].node.remote())
+    for node, groups in (("another", 2), (here, 1)):
+        ray.get(pool.workers[1].__ray_call__.remote(lambda worker, node=node: setattr(worker, "node_id", node)))
+        transport = CollectiveTransport(weights_config("collective", tmp_path))
+        for _ in range(2):
+            version = version.next()
+            transport.broadcast(learners, pool, version)
+            (ours, held), (theirs, theirs_held) = engine_weights(pool)
+            assert ours == theirs == str(version)
+            assert held == theirs_held
+        assert len(transport.nodes) == groups
+        transport.close()
 
 
 def test_a_stale_version_is_refused_by_its_name(learners: LearnerGroup, pool: RolloutPool, tmp_path: Path) -> None:
@@ -260,6 +287,52 @@ def test_who_does_not_enter_a_group_is_named() -> None:
     sink.open()
     with pytest.raises(SyncFailed, match=r"ranks \[1, 2\] of 3 did not enter group 1 within 1 s"):
         sink.take(LAYOUT, iter(()), FIRST)
+
+
+def read_and_answer(source: MemorySource, answer: float) -> float:
+    flat = source.fetch().flat
+    found = float(flat[0])
+    flat[0] = answer
+    return found
+
+
+def test_another_process_reads_an_update_where_it_lies() -> None:
+    flat = new_shared(NUMBERS)
+    flat[:] = 1
+    flat[0] = 7
+    source = memory_source(WeightUpdate(FIRST, LAYOUT, flat, checksum(flat)))
+    assert source is not None
+    with ProcessPoolExecutor(1, get_context("spawn")) as processes:
+        assert processes.submit(read_and_answer, source, 9.0).result() == 7
+    assert flat[0] == 9, "it was copied"
+    del flat
+    with pytest.raises(SyncFailed, match=r"cannot map the weights in the memory of process \d+: .*Does it run"):
+        source.fetch()
+
+
+def test_an_array_of_its_own_process_has_no_name_for_others() -> None:
+    assert memory_source(WeightUpdate(FIRST, LAYOUT, np.ones(NUMBERS, dtype=np.float32), 0)) is None
+    assert memory_source(WeightUpdate(FIRST, LAYOUT, torch.ones(NUMBERS).numpy(), 0)) is None
+    assert memory_source(WeightUpdate(FIRST, LAYOUT, new_shared(NUMBERS + 1)[1:], 0)) is None
+
+
+@given(
+    numbers=st.integers(1, 3 * CACHED_NUMBERS),
+    value=st.sampled_from([0.0, 1.0, 3e38, -3e38, np.inf, -np.inf, np.nan]),
+    at=st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=30, deadline=None)
+def test_one_pass_sees_every_number(numbers: int, value: float, at: float) -> None:
+    """Sums that overflow are no fault: the numbers around the one in question are the largest there are."""
+    flat = np.full(numbers, 3e38, dtype=np.float32)
+    flat[int(at * numbers)] = value
+    layout = layout_of([("all", (numbers,))])
+    update = WeightUpdate(FIRST, layout, flat, checksum(flat))
+    if np.isfinite(value):
+        check_update(update, {"all": (numbers,)}, WeightVersion(0, 0))
+    else:
+        with pytest.raises(WeightsRejected, match="all holds a number that is not finite"):
+            check_update(update, {"all": (numbers,)}, WeightVersion(0, 0))
 
 
 def test_a_file_is_complete_when_it_has_its_name_and_old_ones_go(tmp_path: Path) -> None:

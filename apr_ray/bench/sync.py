@@ -41,6 +41,8 @@ TRANSPORTS = ("object_store", "collective", "shared_memory", "disk")
 ENGINES = 2
 DECODING = 16
 """Requests that run in each engine while weights come in."""
+DECODED_TOKENS = 64
+"""Of each."""
 
 
 def run(
@@ -51,9 +53,9 @@ def run(
 ) -> Result:
     """`ratio`: a flat broadcast's median over that of the default transport, at the last size (the goal is 0.5).
 
-    A transport packs, sends, checks and applies; the broadcast, between the same processes over gloo, only sends.
-    `stall` is by how much longer running requests take when one update comes in: the check beside them, the copy, and
-    computing their KV again.
+    A transport packs, sends (`send_ms` is until then), checks and applies; the broadcast, between the same processes
+    over gloo, only sends. `stall` is by how much longer running requests take when one update comes in: the check
+    beside them, the copy, and computing their KV again; a median of differences.
     """
     for size in sizes:
         if size not in SIZES:
@@ -109,8 +111,8 @@ class TimedWorker(RolloutWorker):
         parts = np.concatenate([self.parts[i].ravel() for i in sorted(self.parts)])
         return checksum(self.flat.numpy()), checksum(parts)
 
-    async def decode_s(self, tokens: int, updates: bool) -> float:
-        """Seconds for `DECODING` requests of so many tokens each.
+    async def decode_s(self, updates: bool) -> float:
+        """Seconds for `DECODING` requests of `DECODED_TOKENS` tokens each.
 
         With `updates`, weights that were received are applied when every request has begun.
         """
@@ -118,7 +120,9 @@ class TimedWorker(RolloutWorker):
         start = time.perf_counter()
 
         async def decode(i: int) -> None:
-            asked = GenerateRequest(f"timed-{i:03d}", (5, 6, 7, 8 + i), SamplingParams(max_new_tokens=tokens, seed=i))
+            asked = GenerateRequest(
+                f"timed-{i:03d}", (5, 6, 7, 8 + i), SamplingParams(max_new_tokens=DECODED_TOKENS, seed=i)
+            )
             async for _ in self.engine.generate(asked):
                 begun[i].set()
 
@@ -174,10 +178,12 @@ def _timed(
         name: build_transport(config.weights.model_copy(update={"transport": name, **options})) for name in TRANSPORTS
     }
 
+    sending: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
+
     def sync(name: str) -> None:
         nonlocal version
         version = version.next()
-        transports[name].broadcast(learners, pool, version)
+        sending[name].append(transports[name].broadcast(learners, pool, version).send_s)
 
     place = Place(("", 0), 0, 1 + ENGINES, 1, "gloo", 60.0)
     address = ray.get(learners.actors[0].__ray_call__.remote(partial(_open_baseline, place=place)))
@@ -197,25 +203,30 @@ def _timed(
     works |= {name: partial(sync, name) for name in TRANSPORTS}
     times = in_turn(works, repeats)
     arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
-    with_update, without = [], []
-    for _ in range(min(repeats, 3)):
+    without, longer = [], []
+    for _ in range(repeats):
         version = version.next()
         wait_for_all(receive(pool.membership().workers, learners.weights(version)), None, "a sync")
-        with_update.append(max(ray.get([worker.decode_s.remote(160, True) for worker in pool.workers])))
-        without.append(max(ray.get([worker.decode_s.remote(160, False) for worker in pool.workers])))
+        with_update = max(ray.get([worker.decode_s.remote(True) for worker in pool.workers]))
+        without.append(max(ray.get([worker.decode_s.remote(False) for worker in pool.workers])))
+        longer.append(with_update - without[-1])
     result = {
         "gloo_ms": 1000 * times["gloo"],
         "per_tensor_ms": 1000 * times["per_tensor"],
         "of_per_tensor": times["per_tensor"] / times["object_store"],
         "megabytes": 4 * learners.parameters / 1e6,
-        "stall_ms": 1000 * (statistics.median(with_update) - statistics.median(without)),
+        "stall_ms": 1000 * statistics.median(longer),
         "decode_without_update_ms": 1000 * statistics.median(without),
         "learner_peak_mb": ray.get(learners.actors[0].__ray_call__.remote(lambda actor: peak_mb())),
         "worker_peak_mb": max(ray.get([worker.peak_mb.remote() for worker in pool.workers])),
         "differing_receivers": float(sum(pair != (expected, expected) for pair in arrived)),
     }
     for name in TRANSPORTS:
-        result |= {f"{name}_ms": 1000 * times[name], f"of_gloo_{name}": times["gloo"] / times[name]}
+        result |= {
+            f"{name}_ms": 1000 * times[name],
+            f"{name}_send_ms": 1000 * statistics.median(sending[name][1:]),
+            f"of_gloo_{name}": times["gloo"] / times[name],
+        }
         transports[name].close()
     return result
 

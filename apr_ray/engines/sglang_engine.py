@@ -30,6 +30,7 @@ from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard, environment
 from apr_ray.engines.requests import refuse_unknown
 from apr_ray.engines.sglang_base import FIRST_VERSION, SPARE_TOKENS, SGLangBase, require_success
+from apr_ray.model.shared_buffer import new_shared, shared_tensor
 
 IDLE_S = 60.0
 """How long SGLang may take to end what was aborted, before it sleeps."""
@@ -80,6 +81,7 @@ class SGLangEngine(SGLangBase):
             "stream_interval": stream_interval,
             "dtype": dtype,
             "skip_tokenizer_init": True,
+            "sleep_on_idle": True,  # else its scheduler takes a whole core while there is nothing to do
             "enable_priority_scheduling": True,
             "disable_priority_preemption": True,
             "weight_version": str(FIRST_VERSION),
@@ -96,6 +98,7 @@ class SGLangEngine(SGLangBase):
         self._manager = self._engine.tokenizer_manager
         self._manager.signal_handler_class = _NoSignalHandlers
         self._processes = _take_over(self._engine)
+        self._copy: np.ndarray[Any, Any] | None = None
         threading.Thread(target=self._watch_processes, name="sglang-death-watch", daemon=True).start()
 
     def _outputs(self, request: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
@@ -114,8 +117,20 @@ class SGLangEngine(SGLangBase):
 
     @contextlib.asynccontextmanager
     async def _staged(self, update: WeightUpdate) -> AsyncIterator[list[bytes]]:
-        """See `SGLangBase._staged`: one buffer in shared memory per tensor-parallel rank."""
-        yield await asyncio.to_thread(_flattened_bucket, update, int(self._engine.server_args.tp_size))
+        """See `SGLangBase._staged`: shared memory that SGLang maps, which is where most transports bring weights."""
+        flat = shared_tensor(update.flat)
+        if flat is None:
+            flat = await asyncio.to_thread(self._copy_of, update)
+        yield _flattened_bucket(update, flat, int(self._engine.server_args.tp_size))
+
+    def _copy_of(self, update: WeightUpdate) -> torch.Tensor:
+        """In memory that is kept from update to update: taking fresh pages costs several times what the copy does."""
+        if self._copy is None:
+            self._copy = new_shared(update.flat.size)
+        self._copy[:] = update.flat
+        tensor = shared_tensor(self._copy)
+        assert tensor is not None
+        return tensor
 
     async def _apply(self, staged: list[bytes], version: WeightVersion) -> None:
         """See `SGLangBase._apply`."""
@@ -318,8 +333,9 @@ class _NoSignalHandlers:
         """See `_ignore_signal`."""
 
 
-def _flattened_bucket(update: WeightUpdate, ranks: int) -> list[bytes]:
-    """An update as SGLang's one-buffer form, once per tensor-parallel rank (each frees its own)."""
+def _flattened_bucket(update: WeightUpdate, flat: torch.Tensor, ranks: int) -> list[bytes]:
+    """An update in shared memory as SGLang's one-buffer form, once per tensor-parallel rank (each connects for its
+    own descriptor); nothing is copied."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
 
@@ -328,10 +344,5 @@ def _flattened_bucket(update: WeightUpdate, ranks: int) -> list[bytes]:
         shape = torch.Size(spec.shape)
         start, size = 4 * spec.offset, 4 * shape.numel()
         metadata.append(FlattenedTensorMetadata(spec.name, shape, torch.float32, start, start + size, size))
-    payloads = []
-    for _ in range(ranks):
-        # Written where it will be read: serialising another tensor would copy it into shared memory first.
-        flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(update.flat.nbytes))
-        flat.numpy()[:] = update.flat.view(np.uint8)
-        payloads.append(MultiprocessingSerializer.serialize({"flattened_tensor": flat, "metadata": metadata}))
-    return payloads
+    payload = {"flattened_tensor": flat.view(torch.uint8), "metadata": metadata}
+    return [MultiprocessingSerializer.serialize(payload) for _ in range(ranks)]

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import ray
+
 from apr_ray.config import BoundsConfig, Config
 from apr_ray.core.engine import Chunk, Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import ConfigError, SyncFailed
@@ -17,6 +19,7 @@ from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightSource, WeightUpdate
 from apr_ray.engines.registry import build_engine
 from apr_ray.model.llama import require_vocabulary
+from apr_ray.model.shared_buffer import memory_source
 from apr_ray.parts import own_log
 from apr_ray.rollout.spread import SpreadEngine
 from apr_ray.tasks.registry import load_task
@@ -99,6 +102,7 @@ class RolloutWorker:
         import torch
 
         self.worker_id = worker_id  # first: Ray prints it with whatever fails below
+        self.node_id = str(ray.get_runtime_context().get_node_id())
         torch.set_num_threads(1)
         task = load_task(config.task)
         tokenizer = task.load_tokenizer(checkpoint)
@@ -150,9 +154,17 @@ class RolloutWorker:
         """End a request of another worker's tree."""
         await self.engine.abort(request_id)
 
-    async def receive_weights(self, source: WeightSource) -> None:
-        """Bring a version into this process while decoding goes on; `apply_weights` puts it to work."""
+    async def node(self) -> str:
+        """On which of Ray's nodes this worker runs."""
+        return self.node_id
+
+    async def receive_weights(self, source: WeightSource) -> WeightSource | None:
+        """Bring a version into this process while decoding goes on; `apply_weights` puts it to work.
+
+        Returns where other workers of this node can take it from, where it lies in memory that they can map.
+        """
         self.received = await asyncio.to_thread(source.fetch)
+        return memory_source(self.received)
 
     async def apply_weights(self) -> None:
         """Put the version that was received to work, as `weights.mode` says.

@@ -1,10 +1,11 @@
-"""Through torch.distributed: rank 0 broadcasts piece by piece while it gathers the next, to all workers at once.
+"""Through torch.distributed: rank 0 broadcasts piece by piece while it gathers the next, to all nodes at once.
 
-    learner rank 0      gather 1 │ gather 2 ∥ broadcast 1 │ gather 3 ∥ broadcast 2 │ …
-    every worker                   receive 1              │ receive 2 ∥ checksum 1 │ …
+    learner rank 0             gather 1 │ gather 2 ∥ broadcast 1 │ gather 3 ∥ broadcast 2 │ …
+    a worker of each node                 receive 1              │ receive 2 ∥ checksum 1 │ …
+    other workers of its node  read them where they lie, in shared memory
 
-The group of one sender and all workers stands beside whatever other groups a process is in. Its membership has an
-epoch: when the pool's workers change, the next version is sent over a new group. Each wait in it is bounded by
+The group of one sender and one worker of each node stands beside whatever other groups a process is in. Its membership
+has an epoch: when the pool's workers change, the next version is sent over a new group. Each wait in it is bounded by
 `weights.timeout_s`; gloo ends at once when a peer's process dies.
 """
 
@@ -25,38 +26,49 @@ from apr_ray.config import WeightsConfig
 from apr_ray.core.errors import PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.weights import SyncReport, TensorSpec, WeightUpdate, WeightVersion, pieces_of
 from apr_ray.learner.group import LearnerGroup
+from apr_ray.model.shared_buffer import new_shared
 from apr_ray.model.state import RunningChecksum
 from apr_ray.parts import DEAD
 from apr_ray.rollout.pool import Membership, RolloutPool, Worker
-from apr_ray.weights.transport import Sending, Transport, receive
+from apr_ray.weights.transport import GRACE_S, Sending, Transport, receive, wait_for_all
 
 dist: Any = torch.distributed  # its stub names none of the classes used here
 
 
 class CollectiveTransport(Transport):
     """gloo between CPUs, NCCL between GPUs (`weights.backend`). The learner holds two pieces besides its weights; a
-    worker two buffers of the weights' size in host memory."""
+    node that has workers two buffers of the weights' size in host memory."""
 
     def __init__(self, config: WeightsConfig) -> None:
         super().__init__(config)
         self.epoch = 0
-        self.size = 0
         self.members: Membership | None = None
+        self.nodes: list[list[Worker]] = []
+        """The members by node; the first of each is in the group."""
         self.layout: tuple[TensorSpec, ...] = ()
         self.address = ("", 0)
 
     def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """See `Transport.send`. A group in which somebody failed is not used again."""
+        what = f"the sync of weights {version}"
         if self.members != members or self.opened is not learners:
             self.epoch += 1
-            self.size = 1 + len(members.workers)
+            asked = {worker.name: worker.actor.node.remote() for worker in members.workers}
+            by_node: dict[str, list[Worker]] = {}
+            for node, worker in zip(wait_for_all(asked, self.config.timeout_s, what), members.workers, strict=True):
+                by_node.setdefault(node, []).append(worker)
+            self.nodes = list(by_node.values())
             self.layout, self.address = self.open_sink(learners, CollectiveSink(self._place(0)))
             self.members = members
         calls = self.send_into_sink(learners, version)
-        for rank, worker in enumerate(members.workers, start=1):
+        for rank, (first, *_) in enumerate(self.nodes, start=1):
             source = CollectiveSource(self._place(rank), self.layout, self.config.piece_numbers, version)
-            calls |= receive([worker], source)
-        return Sending(calls, lambda: _held_by_one_of(members.workers))
+            calls |= receive([first], source)
+        came = wait_for_all(calls, self.config.timeout_s + GRACE_S, what)[-len(self.nodes) :]
+        reading: dict[str, Any] = {}
+        for (_, *others), source in zip(self.nodes, came, strict=True):
+            reading |= receive(others, source)
+        return Sending(reading, lambda: _held_by_one_of(members.workers))
 
     def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
         """See `core.weights.WeightTransport.broadcast`."""
@@ -67,7 +79,7 @@ class CollectiveTransport(Transport):
             raise
 
     def _place(self, rank: int) -> Place:
-        return Place(self.address, rank, self.size, self.epoch, self.config.backend, self.config.timeout_s)
+        return Place(self.address, rank, 1 + len(self.nodes), self.epoch, self.config.backend, self.config.timeout_s)
 
 
 def _held_by_one_of(workers: Sequence[Worker]) -> Any:
@@ -109,7 +121,7 @@ class Group:
             absent = [rank for rank in range(place.size) if not prefixed.check([f"here-{rank}"])]
             raise SyncFailed(
                 f"ranks {absent} of {place.size} did not enter group {place.epoch} within {place.timeout_s:.0f} s"
-                " (rank 0 is the learner, the others are the workers in their order)",
+                " (rank 0 is the learner, the others are one worker of each node)",
                 "See whether they live",
             ) from error
         # The classes themselves, since `init_process_group` knows one default group per process, and learners have one.
@@ -224,8 +236,8 @@ class CollectiveSource:
 
 
 class _Receiver:
-    """What a worker keeps from version to version: its end of the group, and two buffers by turns (the other one holds
-    the version that runs, for whoever joins late)."""
+    """What a worker keeps from version to version: its end of the group, and two shared buffers by turns (the other one
+    holds the version that runs, for whoever joins late)."""
 
     def __init__(self, place: Place) -> None:
         host, port = place.address
@@ -235,7 +247,7 @@ class _Receiver:
 
     def next_buffer(self, size: int) -> np.ndarray[Any, Any]:
         if len(self.buffers) < 2:
-            self.buffers.append(np.empty(size, dtype=np.float32))
+            self.buffers.append(new_shared(size))
         else:
             self.buffers.reverse()
         return self.buffers[-1]
