@@ -39,7 +39,7 @@ quickstart: venv
 	$(BIN)/apr-ray quickstart
 
 test: sglang
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 ENGINE_TESTS := tests/test_engine_conformance.py tests/test_engine_pool.py
 

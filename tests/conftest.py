@@ -85,6 +85,14 @@ def small_config() -> Config:
 
 
 @pytest.fixture(scope="session")
+def single_config(small_config: Config) -> Config:
+    """One learner rank and one rollout worker, for what does not depend on how many there are."""
+    learner = small_config.learner.model_copy(update={"ranks": 1})
+    rollout = small_config.rollout.model_copy(update={"workers": 1})
+    return small_config.model_copy(update={"learner": learner, "rollout": rollout})
+
+
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One private Ray for the whole test session. Its GPUs are only counted: nothing computes on them."""
     import ray
@@ -156,8 +164,14 @@ def conformance_table(reporter: TerminalReporter) -> str:
     return "\n".join(lines)
 
 
+LONGEST = ("pipeline", "engine_conformance", "deaths", "weights", "placement", "jobs", "learner", "bench")
+"""Files that take minutes begin first: two processes share the files, and neither should end long after the other."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test of which `--engines` leaves no case is not skipped: it is not asked for."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     empty = [
         i for i in items if any("empty parameter set" in str(m.kwargs.get("reason")) for m in i.iter_markers("skip"))
     ]

@@ -76,8 +76,9 @@ def test_supervised_training_is_evaluated_and_its_best_policy_kept(finished: Run
 def test_a_killed_supervised_run_goes_on_from_its_checkpoint(
     finished: RunDir, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut after step 10, resumed from step 8: the policy of the unbroken run, bit for bit."""
-    config = with_run(small_config, tmp_path, "s")
+    """Cut after step 10, resumed from step 8: the policy of the unbroken run, which was evaluated too, bit for bit."""
+    sft = small_config.sft.model_copy(update={"eval_every": 1_000_000})
+    config = with_run(small_config.model_copy(update={"sft": sft}), tmp_path, "s")
     run = RunDir.create(config, "sft")
     log = Watch.log
 
@@ -164,6 +165,8 @@ def test_the_report_shows_before_and_after(finished: RunDir) -> None:
 def test_a_killed_grpo_run_goes_on_from_its_checkpoint(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
     """Two steps, then a resume to three: the metrics of an unbroken run, within float rounding; a new incarnation."""
     policy = finished.path / "sft" / "final"
+    one_worker = small_config.rollout.model_copy(update={"workers": 1})
+    small_config = small_config.model_copy(update={"rollout": one_worker})
     grpo = small_config.grpo.model_copy(update={"steps": 2})
     short = with_run(small_config.model_copy(update={"grpo": grpo}), tmp_path, "r")
     run = RunDir.create(short, "train")
@@ -225,12 +228,12 @@ def test_results_do_not_depend_on_the_number_of_workers(
     assert found[0] == found[1]
 
 
-def test_stale_trees_are_left_out_and_counted(small_config: Config, checkpoint: Path, task: CountdownTask) -> None:
+def test_stale_trees_are_left_out_and_counted(single_config: Config, checkpoint: Path, task: CountdownTask) -> None:
     """Contracts 4 and 9 on real trees: dispositions add up; trees of another version or incarnation are not used."""
-    pool = RolloutPool.start(small_config, str(checkpoint))
-    reward = RewardClient(small_config.task)
+    pool = RolloutPool.start(single_config, str(checkpoint))
+    reward = RewardClient(single_config.task)
     problems = task.problems("train", 3, 0)
-    trees = sample_trees(pool, problems, small_config, step=0)
+    trees = sample_trees(pool, problems, single_config, step=0)
     scored = reward.score([p for p in problems for _ in range(2)], trees)
     pool.stop()
     reward.stop()
@@ -246,28 +249,28 @@ def test_stale_trees_are_left_out_and_counted(small_config: Config, checkpoint: 
 
 
 def test_an_engine_that_runs_other_weights_stops_the_run(
-    finished: RunDir, small_config: Config, checkpoint: Path, tmp_path: Path
+    finished: RunDir, single_config: Config, checkpoint: Path, tmp_path: Path
 ) -> None:
     """The check after a sync compares real logprobs: with a tolerance below float rounding it must fire."""
-    weights = small_config.weights.model_copy(update={"mismatch_tolerance": 1e-12})
-    config = with_run(small_config.model_copy(update={"weights": weights}), tmp_path, "r")
+    weights = single_config.weights.model_copy(update={"mismatch_tolerance": 1e-12})
+    config = with_run(single_config.model_copy(update={"weights": weights}), tmp_path, "r")
     with pytest.raises(MismatchError, match="differ by"):
         train_grpo(config, RunDir.create(config, "train"), finished.path / "sft" / "final", QUIET)
 
 
-def test_a_refused_update_reaches_the_driver_and_changes_nothing(small_config: Config, checkpoint: Path) -> None:
+def test_a_refused_update_reaches_the_driver_and_changes_nothing(single_config: Config, checkpoint: Path) -> None:
     import ray
 
     from apr_ray.model.llama import load_policy
     from apr_ray.model.state import pack_weights, trainable_parameters
 
-    pool = RolloutPool.start(small_config, str(checkpoint))
+    pool = RolloutPool.start(single_config, str(checkpoint))
     update = pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
     update.flat[3] = np.nan
     before = pool.sample_for_check([(5, 6, 7)], 8, 1.0)
     learners: Any = SimpleNamespace(weights=lambda _: ray.put(update), parameters=0)
     with pytest.raises(WeightsRejected, match="the checksum is wrong"):
-        build_transport(small_config.weights).broadcast(learners, pool, WeightVersion(0, 1))
+        build_transport(single_config.weights).broadcast(learners, pool, WeightVersion(0, 1))
     assert pool.sample_for_check([(5, 6, 7)], 8, 1.0) == before
     pool.stop()
 
@@ -294,27 +297,27 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
     assert all(r["sync/delta_logprob_mean"] < 1e-4 for r in rows.values())
 
 
-def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
+def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, single_config: Config, tmp_path: Path) -> None:
     """Coin rewards are half ones, whatever was solved; engines that do not follow stop the run at the first sync."""
     policy = finished.path / "sft" / "final"
-    coin = small_config.grpo.model_copy(update={"reward": "random", "advantage": "success", "steps": 1})
-    run = RunDir.create(with_run(small_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
+    coin = single_config.grpo.model_copy(update={"reward": "random", "advantage": "success", "steps": 1})
+    run = RunDir.create(with_run(single_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
     train_grpo(run.config, run, policy, QUIET)
     (row,) = [r for r in run.metrics() if "rollout/reward" in r]
     assert row["rollout/reward"] > 0
-    weights = small_config.weights.model_copy(update={"transport": "none"})
-    changing = small_config.grpo.model_copy(update={"reward": "random"})  # else there may be nothing to learn from
-    frozen = with_run(small_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
+    weights = single_config.weights.model_copy(update={"transport": "none"})
+    changing = single_config.grpo.model_copy(update={"reward": "random"})  # else there may be nothing to learn from
+    frozen = with_run(single_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
     with pytest.raises(MismatchError, match=r"after sync 0\.1 engines and learners differ"):
         train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_all_arms_are_trained_and_compared(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
+def test_all_arms_are_trained_and_compared(finished: RunDir, single_config: Config, tmp_path: Path) -> None:
     """Every arm trains and is judged on the same problems; engines that do not follow stop theirs at the first sync."""
     file = tmp_path / "small.yaml"
-    file.write_text(to_yaml(small_config))
+    file.write_text(to_yaml(single_config))
     policy = finished.path / "sft" / "final"
     # Coin rewards for all: else there may be nothing to learn from, and frozen engines would be the learners' policy.
     overrides = [f"run.root={tmp_path}", "run.name=arms", "tracking.tracker=none", "grpo.reward=random", "grpo.steps=1"]

@@ -172,9 +172,9 @@ def test_groups_are_gone_after_a_stop_and_after_a_failed_start(
 
 
 def test_a_failed_run_leaves_no_part_behind(
-    small_config: Config, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single_config: Config, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = changed(small_config, run={"root": str(tmp_path), "name": "r"}, tracking={"tracker": "none"})
+    config = changed(single_config, run={"root": str(tmp_path), "name": "r"}, tracking={"tracker": "none"})
     monkeypatch.setattr("apr_ray.training.grpo.RewardClient", lambda task: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_grpo(config, RunDir.create(config, "train"), checkpoint, ProgressBars(quiet=True))
@@ -248,7 +248,7 @@ def test_colocated_the_learners_group_is_all_there_is(small_config: Config, chec
 
 
 def test_two_colocated_steps_are_those_of_parts_with_places_of_their_own(
-    small_config: Config, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single_config: Config, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every metric that is not a time, to the last bit; and the engines did sleep, once a step."""
     slept: list[str] = []
@@ -263,7 +263,7 @@ def test_two_colocated_steps_are_those_of_parts_with_places_of_their_own(
     rows: dict[str, list[dict[str, Any]]] = {}
     for mode in ("disaggregated", "colocated"):
         config = changed(
-            small_config,
+            single_config,
             run={"root": str(tmp_path), "name": mode},
             placement={"mode": mode},
             engine={"deterministic": True, "max_sequences": 16},
@@ -283,10 +283,10 @@ def is_about_time(name: str) -> bool:
 
 
 def test_sleeping_workers_give_their_memory_back_and_draw_the_same_after(
-    small_config: Config, checkpoint: Path, task: CountdownTask
+    single_config: Config, checkpoint: Path, task: CountdownTask
 ) -> None:
     """KV of 300 MB in each worker's process, as the system counts it; afterwards the same trees again."""
-    config = changed(small_config, engine={"deterministic": True, "max_sequences": 16, "cache_slots": 750})
+    config = changed(single_config, engine={"deterministic": True, "max_sequences": 16, "cache_slots": 750})
     pool = RolloutPool.start(config, str(checkpoint))
     problems = task.problems("train", 3, 0)
     before = sample_trees(pool, problems, config, 0)

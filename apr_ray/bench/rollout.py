@@ -53,7 +53,7 @@ def run(
                 "Give both: --engine sglang --checkpoint runs/NAME/sft/final",
             )
         with private_ray():
-            return real.run(engine, checkpoint, trees, repeats)
+            return real.run(engine, checkpoint)
     recording = record(trees)
     config = recording.config
     made: dict[str, Any] = {}

@@ -59,7 +59,9 @@ def sglang_server(
         **({"attention-backend": "torch_native"} if device == "cpu" else {}),
     }  # fmt: skip
     command = [sys.executable, "-m", "sglang.launch_server", "--enable-priority-scheduling"]
-    command += ["--disable-priority-preemption", "--sleep-on-idle", *(() if text else ("--skip-tokenizer-init",))]
+    command += ["--disable-priority-preemption", "--sleep-on-idle"]
+    # A server with a tokenizer warms up on an English sentence, which the task's alphabet does not have.
+    command += ["--skip-server-warmup"] if text else ["--skip-tokenizer-init"]
     command += [str(x) for k, v in arguments.items() for x in (f"--{k}", v)]
     own = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     guard = ProcessGuard()  # they die with this process too, however it ends

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from apr_ray.bench.recording import bench_config, fresh_policy
-from apr_ray.bench.timing import REPEATS, Result, in_turn
+from apr_ray.bench.timing import Result, in_turn, turns
 from apr_ray.config import Config, OptimizerConfig
 from apr_ray.core.engine import GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError
@@ -43,12 +43,14 @@ DECODING = 16
 """Requests that run in each engine while weights come in."""
 DECODED_TOKENS = 64
 """Of each."""
+DECODE_PAIRS = 5
+"""How often they are timed with an update and without."""
 
 
 def run(
     sizes: tuple[str, ...] = ("4mb", "50mb"),
     overrides: tuple[str, ...] = (),
-    repeats: int = REPEATS,
+    repeats: int = 15,
     engine: str = "torch",
 ) -> Result:
     """`ratio`: a flat broadcast's median over that of the default transport, at the last size (the goal is 0.5).
@@ -204,7 +206,7 @@ def _timed(
     times = in_turn(works, repeats)
     arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
     without, longer = [], []
-    for _ in range(repeats):
+    for _ in turns("decoding with and without an update", min(repeats, DECODE_PAIRS)):
         version = version.next()
         wait_for_all(receive(pool.membership().workers, learners.weights(version)), None, "a sync")
         with_update = max(ray.get([worker.decode_s.remote(True) for worker in pool.workers]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+
+from apr_ray.tracking.progress import ProgressBars
 
 Result = dict[str, float | str]
 """What a bench returns: `ratio` (ours over the baseline's speed: more is better) and its parts, with units in names."""
@@ -15,10 +17,19 @@ Result = dict[str, float | str]
 REPEATS = 5
 
 
+def turns(title: str, count: int) -> Iterator[int]:
+    """0, 1, … with a progress bar."""
+    with ProgressBars().bar(title, count) as bar:
+        for turn in range(count):
+            bar.update(turn)
+            yield turn
+        bar.update(count)
+
+
 def in_turn(works: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
     """Median seconds of each work, after one warm-up, taken in turn (A B C A B C …)."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats + 1):
+    for turn in turns(", ".join(works), repeats + 1):
         for name, work in works.items():
             start = time.perf_counter()
             work()

@@ -22,7 +22,7 @@ import ray
 
 from apr_ray.bench.recording import bench_config, replay_trees
 from apr_ray.bench.sglang_process import sglang_server
-from apr_ray.bench.timing import Result
+from apr_ray.bench.timing import Result, turns
 from apr_ray.config import Config
 from apr_ray.core.engine import Capabilities, Chunk, FinishReason, GenerateRequest
 from apr_ray.core.ledger import Outcome, ThreadTree
@@ -36,11 +36,13 @@ from apr_ray.threads.runtime import TreeRequest, run_tree
 
 CONCURRENT = 64
 """Trees at the same time."""
+WARM_UP = 16
+"""Trees that are not counted."""
 LONG_TOKENS = 20
 """Calls of at least so many tokens tell how long a step of the engine takes."""
 
 
-def run(engine: str, checkpoint: str, trees: int = 128, repeats: int = 3, device: str = "cpu") -> Result:
+def run(engine: str, checkpoint: str, trees: int = 96, repeats: int = 2, device: str = "cpu") -> Result:
     """`ratio`: sampled tokens/s of pool, actor and runtime over those of the engine alone (the goal is 0.9).
 
     Args:
@@ -57,10 +59,10 @@ def run(engine: str, checkpoint: str, trees: int = 128, repeats: int = 3, device
     pool_speed, alone_speed, trees_per_s = [], [], []
     worker = _worker(config, checkpoint)
     pool = RolloutPool([worker], CONCURRENT)
-    for turn in range(repeats + 1):
+    for turn in turns("pool, engine alone", repeats + 1):
         ray.get(worker.forget.remote())
         start = time.perf_counter()
-        ours = [tree for _, tree in pool.run(requests)]
+        ours = [tree for _, tree in pool.run(requests if turn else requests[:WARM_UP])]
         took = time.perf_counter() - start
         ray.get(worker.forget.remote())
         alone = ray.get(worker.replay.remote(ours, CONCURRENT))
@@ -219,7 +221,7 @@ def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest], 
     ):
         engine = TextCalls(server.url, tokenizer, config.model.context_tokens, threads)
 
-        async def all_of_them() -> list[ThreadTree]:
+        async def run_all(requests: Sequence[TreeRequest]) -> list[ThreadTree]:
             places = asyncio.Semaphore(CONCURRENT)
 
             async def one(number: int, request: TreeRequest) -> ThreadTree:
@@ -229,10 +231,10 @@ def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest], 
 
             return list(await asyncio.gather(*(one(n, request) for n, request in enumerate(requests))))
 
-        asyncio.run(all_of_them())  # the first warms up
+        asyncio.run(run_all(requests[:WARM_UP]))
         engine.http_s = engine.tokenizer_s = 0.0
         start = time.perf_counter()
-        trees = asyncio.run(all_of_them())
+        trees = asyncio.run(run_all(requests))
         took = time.perf_counter() - start
     calls = sum(len(tree.calls) for tree in trees)
     return {
