@@ -65,6 +65,7 @@ def run(
     result: Result = {}
     if engine != "torch":
         overrides = (*overrides, f"engine.name={engine}", "engine.device=cpu", "engine.max_sequences=32")
+        overrides = (*overrides, "engine.kv_tokens=4096")  # of the largest model, 32 contexts take 5 GB
     with private_ray():
         for size in sizes:
             parts = _one_size(bench_config((*SIZES[size], *overrides)), repeats)
