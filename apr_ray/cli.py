@@ -275,7 +275,7 @@ def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz 
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="engine, learner, oracle, rollout, solver, step or sync.")],
+    name: Annotated[str, typer.Argument(help="engine, gpu, learner, oracle, rollout, solver, step or sync.")],
     as_json: Annotated[bool, typer.Option("--json", help="Last line: one JSON object.")] = False,
     engine: Annotated[Optional[str], typer.Option(help="For sync and rollout: torch, sglang or vllm.")] = None,
     checkpoint: Annotated[

@@ -155,7 +155,7 @@ class SftConfig(Section):
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """bf16 runs the matrix products of a step under autocast; weights, optimiser and loss stay in float32. auto is bf16
     where every rank's processor multiplies it, else fp32: a CPU without such instructions is six times slower with
-    bf16. GRPO is always float32, since its ratios compare logprobs with the engine's."""
+    bf16."""
     eval_every: Positive = 5000
     """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 500
@@ -204,6 +204,9 @@ class GrpoConfig(Section):
     """Weight of the k3 penalty against the initial policy; 0 leaves it out."""
     temperature: PositiveFloat = 1.0
     """At which trees are sampled, and logprobs taken."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of a step's matrix products, as in `sft.precision`. Its ratios compare logprobs with the engine's, which in bf16
+    differ by chance: use it where the engine is below float32 too."""
     max_staleness: Count = 0
     """A tree drawn under weights older than this many versions is not used."""
     overlap: bool = False
@@ -330,9 +333,10 @@ class EngineConfig(Section):
     `max_sequences` are in use, 8 times when 4 are: every step computes all rows. Keep `max_sequences` near what runs.
     """
     device: Literal["cpu", "cuda"] | None = None
-    """What the engine finds by default; the torch engine runs on the CPU."""
+    """What the engine finds by default; the torch engine then takes the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and KV; the torch engine computes in float32."""
+    """Of weights and KV. Below float32 the engine's logprobs differ from a float32 learner's: see
+    `weights.mismatch_tolerance`."""
     kv_tokens: Positive | None = None
     """Tokens whose KV SGLang or vLLM holds: what fits into the GPU by default, on a CPU `max_sequences` contexts."""
     server_args: dict[str, Any] = {}
@@ -358,12 +362,6 @@ class EngineConfig(Section):
             raise ValueError(f"server_urls names a server twice: {self.server_urls}")
         return self
 
-    @model_validator(mode="after")
-    def _torch_is_float32_on_the_cpu(self) -> EngineConfig:
-        if self.name == "torch" and (self.dtype != "float32" or self.device == "cuda"):
-            raise ValueError(f"the torch engine computes in float32 on the CPU, not in {self.dtype} on {self.device}")
-        return self
-
 
 class RolloutConfig(Section):
     """The pool of rollout workers."""
@@ -377,7 +375,7 @@ class RolloutConfig(Section):
     cpus_per_worker: Rate = 0.5
     """Ray CPUs reserved per worker."""
     gpus_per_worker: Gpus = 0.0
-    """GPUs reserved per worker: as many as its engine uses, or a share of one; the torch engine uses none."""
+    """GPUs reserved per worker: as many as its engine uses, or a share of one; the torch engine uses at most one."""
     fan_out: Literal["local", "spread"] = "local"
     """Where children decode: on their parent's engine, or spread over the engines of all workers, which cuts a tree's
     latency while engines idle. A parent always stays where its prefix is cached."""
@@ -517,10 +515,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _gpus_are_used(self) -> Config:
-        if self.engine.name in ("torch", "sglang_server") and self.rollout.gpus_per_worker:
+        engine, gpus = self.engine, self.rollout.gpus_per_worker
+        if gpus and (engine.name == "sglang_server" or (engine.name == "torch" and engine.device != "cuda")):
             raise ValueError(
-                f"rollout.gpus_per_worker is {self.rollout.gpus_per_worker:g}, engine {self.engine.name} uses none"
+                f"rollout.gpus_per_worker is {gpus:g}, engine {engine.name} uses none (engine.device {engine.device})"
             )
+        if engine.name == "torch" and engine.device == "cuda" and not 0 < gpus <= 1:
+            raise ValueError(f"the torch engine on cuda uses one GPU or a share of it, gpus_per_worker is {gpus:g}")
         return self
 
     @model_validator(mode="after")

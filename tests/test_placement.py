@@ -198,7 +198,7 @@ def test_parts_that_cannot_take_turns_are_refused(overrides: list[str], error: s
 
 
 def test_gpus_that_nothing_uses_and_engines_that_cannot_sleep_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rollout.gpus_per_worker is 1, engine torch uses none"):
+    with pytest.raises(ConfigError, match=r"rollout.gpus_per_worker is 1, engine torch uses none \(engine.device None"):
         load_config([], ["rollout.gpus_per_worker=1"])
     with pytest.raises(ConfigError, match="several GPUs are reserved whole"):
         load_config([], ["learner.gpus_per_rank=1.5"])

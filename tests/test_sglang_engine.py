@@ -327,8 +327,7 @@ def test_arguments_that_apr_ray_sets_are_refused_by_name(override: str, message:
     ("override", "message"),
     [
         ("engine.server_args={chunked_prefill_size: 64}", "are SGLang's or vLLM's, name is torch"),
-        ("engine.dtype=bfloat16", "computes in float32 on the CPU, not in bfloat16"),
-        ("engine.device=cuda", "not in float32 on cuda"),
+        ("engine.device=cuda", "gpus_per_worker is 0"),
     ],
 )
 def test_the_torch_engine_takes_none_of_sglangs_keys(override: str, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from apr_ray.bench.timing import Result
 from apr_ray.core.errors import AprError
 
-BENCHES = ("engine", "learner", "oracle", "rollout", "solver", "step", "sync")
+BENCHES = ("engine", "gpu", "learner", "oracle", "rollout", "solver", "step", "sync")
 
 __all__ = ["BENCHES", "Result", "run_bench"]
 

@@ -36,7 +36,7 @@ def _measure(trees: int, overrides: Sequence[str], repeats: int) -> Result:
     torch.set_num_threads(1)
     config = bench_config(overrides)
     batch = batch_of(record(trees, config).trees)
-    init_process_group(0, 1, "127.0.0.1", _free_port())
+    init_process_group(0, 1, "127.0.0.1", free_port())
     optimizer = OptimizerConfig(learning_rate=RATE)
     learner = config.learner.model_copy(update={"ranks": 1})
     trainers = {
@@ -161,7 +161,7 @@ def _flat(policy: Any) -> np.ndarray[Any, Any]:
     return pack_weights(trainable_parameters(policy), WeightVersion(0, 0)).flat
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as probe:

@@ -48,6 +48,8 @@ def build_engine(
             cache_slots=config.cache_slots,
             context_tokens=config.context_tokens,
             stream_interval=config.stream_interval,
+            device=config.device or "cpu",
+            dtype=config.dtype,
             deterministic=config.deterministic,
         )
     if config.name == "sglang_server":

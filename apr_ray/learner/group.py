@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -33,6 +34,8 @@ class LearnerActor:
     def __init__(self, config: Config, optimizer: OptimizerConfig, init_from: str | None, rank: int) -> None:
         for unused in UNUSED:
             sys.modules.setdefault(unused, None)  # type: ignore[arg-type]  # as if it were not installed
+        if not config.learner.gpus_per_rank:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that reserved none
         import torch
 
         torch.set_num_threads(1)

@@ -78,6 +78,7 @@ class GrpoStep:
     inner_steps: int
     ratio: Literal["behaviour", "proximal"] = "behaviour"
     correction: Correction | None = None
+    bf16: bool = False
 
     @classmethod
     def of(cls, grpo: GrpoConfig) -> GrpoStep:
@@ -87,7 +88,8 @@ class GrpoStep:
             correction = Correction(
                 grpo.correction, grpo.correction_level, grpo.correction_cap, from_delta=grpo.correction_from
             )
-        return cls(grpo.clip, grpo.kl_coefficient, grpo.temperature, grpo.inner_steps, grpo.ratio, correction)
+        bf16 = grpo.precision == "bf16"
+        return cls(grpo.clip, grpo.kl_coefficient, grpo.temperature, grpo.inner_steps, grpo.ratio, correction, bf16)
 
 
 class Trainer:
@@ -166,8 +168,7 @@ class Trainer:
         loss_sum, padded, tokens = 0.0, 0, 0
         for indices in self.plan(batch):
             rows = _Rows(batch, indices, self.device)
-            with torch.autocast(rows.tokens.device.type, torch.bfloat16, enabled=bf16):
-                logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+            logits = self._logits(self.engine, rows.tokens, bf16)
             loss = sft_loss(token_logprobs(logits, rows.tokens), rows.weights)
             self.engine.backward(loss * self.world)
             loss_sum += float(loss.detach())
@@ -182,9 +183,9 @@ class Trainer:
         rows_of = [_Rows(batch, indices, self.device) for indices in self.plan(batch)]
         if step.kl_coefficient:
             for rows in rows_of:
-                rows.reference = self.reference_logprobs(rows, step.temperature)
+                rows.reference = self.reference_logprobs(rows, step.temperature, step.bf16)
         if step.correction and step.correction.needs_whole_batch:
-            self._weigh_whole_batch(batch, rows_of, step.correction, step.temperature)
+            self._weigh_whole_batch(batch, rows_of, step, step.correction)
         out = []
         for _ in range(step.inner_steps):
             parts = [self._accumulate(rows, step, learning_rate) for rows in rows_of]
@@ -195,7 +196,7 @@ class Trainer:
 
     def _accumulate(self, rows: _Rows, step: GrpoStep, learning_rate: float) -> StepStats:
         """Forward and backward of one micro-batch."""
-        logits = self.engine(input_ids=rows.tokens, use_cache=False).logits
+        logits = self._logits(self.engine, rows.tokens, step.bf16)
         logprobs = token_logprobs(logits, rows.tokens, step.temperature)
         with torch.no_grad():
             entropy = token_entropy(logits, step.temperature)
@@ -227,14 +228,12 @@ class Trainer:
             cut=int((rows.importance.cut & (rows.weights != 0)).sum()) if rows.importance else 0,
         )
 
-    def _weigh_whole_batch(
-        self, batch: TrainBatch, rows_of: Sequence[_Rows], how: Correction, temperature: float
-    ) -> None:
+    def _weigh_whole_batch(self, batch: TrainBatch, rows_of: Sequence[_Rows], step: GrpoStep, how: Correction) -> None:
         """Importance weights that need every proximal logprob of the batch: a pass of its own before the first step."""
         for rows in rows_of:
             with torch.no_grad():
-                logits = self.policy(input_ids=rows.tokens, use_cache=False).logits
-            rows.proximal = token_logprobs(logits, rows.tokens, temperature)
+                logits = self._logits(self.policy, rows.tokens, step.bf16)
+            rows.proximal = token_logprobs(logits, rows.tokens, step.temperature)
         delta = self._delta(batch, rows_of)
         if not how.applies(measure_mismatch(delta, batch).delta_mean):
             return
@@ -261,9 +260,15 @@ class Trainer:
         out = []
         for ids in sequences:
             tokens = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
-            logits = self.policy(input_ids=tokens, use_cache=False).logits
+            logits = self._logits(self.policy, tokens)
             out.append(token_logprobs(logits, tokens, temperature)[0].cpu().numpy())
         return out
+
+    def _logits(self, policy: Any, tokens: torch.Tensor, bf16: bool = False) -> torch.Tensor:
+        """[b, t, v] of a policy, or of DeepSpeed's engine around it, from right-padded [b, t]."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits: torch.Tensor = policy(input_ids=tokens, use_cache=False).logits
+        return logits
 
     def plan(self, batch: TrainBatch) -> list[list[int]]:
         """This rank's micro-batches; every rank derives the same plan."""
@@ -332,9 +337,9 @@ class Trainer:
         return copy
 
     @torch.no_grad()
-    def reference_logprobs(self, rows: _Rows, temperature: float) -> torch.Tensor:
+    def reference_logprobs(self, rows: _Rows, temperature: float, bf16: bool = False) -> torch.Tensor:
         """[b, t] under the reference policy."""
-        logits = self.reference(input_ids=rows.tokens, use_cache=False).logits
+        logits = self._logits(self.reference, rows.tokens, bf16)
         return token_logprobs(logits, rows.tokens, temperature)
 
     def weights(self, version: WeightVersion) -> WeightUpdate:

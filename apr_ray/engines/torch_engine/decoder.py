@@ -100,11 +100,15 @@ class Decoder:
         shape: sizes.
         slots: rows of KV memory.
         context: positions per slot.
+        device, dtype: of weights, KV and matrix products. Angles, and the logits that come out, are float32.
     """
 
-    def __init__(self, shape: DecoderShape, slots: int, context: int, device: str = "cpu") -> None:
+    def __init__(
+        self, shape: DecoderShape, slots: int, context: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.shape = shape
         self.device = torch.device(device)
+        self.dtype = dtype
         self.kv_size = (shape.layers, slots, shape.kv_heads, context, shape.head_size)
         self.allocate()
         half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
@@ -115,10 +119,11 @@ class Decoder:
 
     def allocate(self) -> None:
         """Make the KV slots, which hold nothing."""
-        # numpy's zeros take memory as it is touched, in huge pages where the system has them
-        self.keys, self.values = (
-            torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32)).to(self.device) for _ in "kv"
-        )
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            # numpy's zeros take memory as it is touched, in huge pages where the system has them
+            self.keys, self.values = (torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32)) for _ in "kv")
+        else:
+            self.keys, self.values = (torch.zeros(self.kv_size, dtype=self.dtype, device=self.device) for _ in "kv")
 
     def free(self) -> None:
         """Give the memory of the KV slots back to the system."""
@@ -130,9 +135,7 @@ class Decoder:
         """Take over weights by Hugging Face names; the caller has checked them."""
 
         def get(name: str) -> torch.Tensor:
-            return torch.tensor(
-                state[name], dtype=torch.float32, device=self.device
-            )  # a copy: the source may be shared
+            return torch.tensor(state[name], dtype=self.dtype, device=self.device)  # a copy: the source may be shared
 
         self.embed = get("model.embed_tokens.weight")
         self.head = self.embed if self.shape.tied else get("lm_head.weight")
@@ -204,14 +207,14 @@ class Decoder:
             x = x + F.linear(torch.cat(attended), out)
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
-        return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
+        return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
 
     def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor | None:
-        """float32 [rows, 1, width, end]: 0 where a token may look, minus infinity where not; None for no limit."""
+        """[rows, 1, width, end]: 0 where a token may look, minus infinity where not; None for no limit."""
         if span.even and span.width == 1:
             return None
         hidden = self.columns[: span.end] > positions.view(span.rows, 1, span.width, 1)
-        return torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
 
     @torch.inference_mode()
     def forward_fixed(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -222,8 +225,8 @@ class Decoder:
         whether it was part of a prompt, sampled, or copied from another slot.
 
         Args:
-            tokens: int64 [n]; the next token of rows 0..n-1.
-            start: int64 [n]; tokens already in each.
+            tokens: int64 [n], on the CPU; the next token of rows 0..n-1.
+            start: int64 [n], on the CPU; tokens already in each.
 
         Returns:
             float32 [n, vocab].
@@ -231,9 +234,10 @@ class Decoder:
         shape = self.shape
         n = tokens.shape[0]
         heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
+        ends = [at + 1 for at in start.tolist()]
+        tokens, start = tokens.to(self.device), start.to(self.device)
         cos, sin = self.cos[start], self.sin[start]
         rows = torch.arange(n, device=self.device)
-        ends = [at + 1 for at in start.tolist()]
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
@@ -256,10 +260,10 @@ class Decoder:
             x = x + F.linear(attended.reshape(n, heads * size), out)
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
-        return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head)
+        return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding; x is [t, heads, size], cos and sin [t, 1, size / 2]."""
+    """Rotary embedding; x is [t, heads, size], cos and sin float32 [t, 1, size / 2]."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

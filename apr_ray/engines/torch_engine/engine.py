@@ -4,7 +4,7 @@ Invariants (tested):
 - rows [0, active) are the running requests and hold their KV contiguously, so that a step reads it in place;
 - every step adds one token to every running request; those that came in since the last step are prefilled in it
   (not in deterministic mode, where a prompt is computed token by token);
-- rows stand in descending order of cohort: rows of one cohort differ in length by less than COHORT_TOKENS, now and
+- rows stand in descending order of cohort: rows of one cohort differ in length by less than `cohort_tokens`, now and
   later, because all grow alike. Each cohort attends as far as its own longest row (see `decoder.Span`);
 - a row's KV covers its first `kv_lengths[row]` tokens, under the current weights; what is beyond is prefilled next;
 - rows [max_sequences, slots) keep the KV of ended requests for whoever begins with the same tokens;
@@ -34,8 +34,9 @@ from apr_ray.model.llama import load_weights, read_config
 from apr_ray.model.state import check_update
 
 FIRST_VERSION = WeightVersion(0, 0)
-COHORT_TOKENS = 64
-"""Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls."""
+COHORT_TOKENS = {"cpu": 64, "cuda": 1024}
+"""Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls, whose launches are most of
+a GPU's step."""
 MIN_REUSED_TOKENS = 4
 """A shorter common prefix is cheaper to compute again than to copy."""
 PROBED_TOKENS = 16
@@ -72,13 +73,14 @@ class TorchEngine:
         cache_slots: ended requests whose KV is kept for reuse.
         context_tokens: prompt and sampled tokens of one request together; the model's own limit by default.
         stream_interval: tokens per chunk; the end of a request always comes at once.
+        device, dtype: where it computes, and in what: see `Decoder`. Logprobs are always of float32 logits.
         deterministic: a request's tokens and logprobs do not depend, to the last bit, on what else is in the batch, on
             its row, or on what was cached. Every step computes `max_sequences` rows by one token, prompts included, and
             attends row by row (see `Decoder.forward_fixed`).
 
     Raises:
-        AprError: the context does not fit the model; or `deterministic` is asked for where this machine's matrix
-            products treat rows differently.
+        AprError: the context does not fit the model; `device` is not there; or `deterministic` is asked for where this
+            machine's matrix products treat rows differently.
     """
 
     def __init__(
@@ -92,13 +94,20 @@ class TorchEngine:
         context_tokens: int | None = None,
         stream_interval: int = 16,
         device: str = "cpu",
+        dtype: str = "float32",
         deterministic: bool = False,
     ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise AprError(
+                f"engine.device is cuda, torch {torch.__version__} finds no GPU here",
+                "Give its actor one (rollout.gpus_per_worker), install a CUDA build of torch, or set engine.device=cpu",
+            )
         self.context_tokens = context_limit(context_tokens, shape.context)
         self.max_sequences = max_sequences
         self.stream_interval = stream_interval
         slots = max_sequences + cache_slots
-        self.decoder = Decoder(shape, slots, self.context_tokens, device)
+        self.decoder = Decoder(shape, slots, self.context_tokens, device, getattr(torch, dtype))
+        self.cohort_tokens = COHORT_TOKENS[device]
         self.decoder.load(state)
         self.version = version
         self.expected = shape.parameter_shapes()
@@ -346,7 +355,7 @@ class TorchEngine:
                 self._finish(running, FinishReason.ABORTED)
                 continue
             prompt = np.asarray(running.request.prompt_ids, dtype=np.int64)
-            row = self._open_row(running, (len(prompt) - self._counts["steps"]) // COHORT_TOKENS)
+            row = self._open_row(running, (len(prompt) - self._counts["steps"]) // self.cohort_tokens)
             running.cached = self._reuse_prefix(row, prompt)
             self.tokens[row, : len(prompt)] = prompt
             self.lengths[row] = len(prompt)
