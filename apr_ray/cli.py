@@ -76,10 +76,12 @@ def quickstart(
     grpo = run_quickstart(run.config, run, ProgressBars())
     page = write_report(run.path, run.path / "sft", grpo)
     _final_table(grpo)
+    tracking = run.config.tracking
+    store = tracking.uri or f"sqlite:///{run.path.parent}/mlflow.db"
     _next(
         f"the report            {page}",
         f"one tree as lanes     apr-ray trace {_short(run.path)}",
-        f"metrics and traces    mlflow ui --backend-store-uri sqlite:///{run.path.parent}/mlflow.db",
+        *([f"metrics and traces    mlflow ui --backend-store-uri {store}"] if tracking.tracker == "mlflow" else []),
     )
 
 

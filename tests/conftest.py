@@ -103,7 +103,8 @@ def ray_local() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "vllm" not in config.getoption("--engines").split(","):  # whose folder holds other versions of some packages
+    # vLLM's folder holds other versions of some packages; for a GPU, SGLang is installed with its own kernels.
+    if "vllm" not in config.getoption("--engines").split(",") and config.getoption("--device") == "cpu":
         allow_sglang_on_a_cpu()
 
 
@@ -121,6 +122,7 @@ def allow_sglang_on_a_cpu() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engines", metavar="NAMES", default="torch,sglang", help="engines to hold to the interface")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where those of them compute that can")
     parser.addoption("--conformance-table", metavar="FILE", help="also write the engines' table to a Markdown file")
 
 

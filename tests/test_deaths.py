@@ -280,6 +280,7 @@ class Driver:
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_behind_and_its_run_goes_on(
     exact: Config, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,8 @@
 
 Each test is a row of the table that the run ends with, each engine a column. What an engine says it lacks is "n/a"
 there; it is not skipped, and it is not faked. Another engine is another entry of `ENGINES`; `--engines` says which are
-run: vLLM has an environment of its own (`make test-vllm`).
+run: vLLM has an environment of its own (`make test-vllm`). `--device cuda` runs them on a GPU; Triton then must not
+round float32 to TF32 (`TRITON_F32_DEFAULT=ieee`).
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ SEQUENCES = 8
 INTERVAL = 5
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {"cache_slots": 8},
-    "sglang": {"device": "cpu"},
+    "sglang": {},
     "sglang_server": {},
-    "vllm": {"device": "cpu"},
+    "vllm": {},
+}
+ON_CUDA: dict[str, dict[str, Any]] = {
+    "sglang": {"kv_tokens": SEQUENCES * 800, "server_args": {"attention_backend": "triton"}}  # the one with float32
 }
 TOLERANCE = 1e-4
 """Largest |Δ logprob| to transformers; both compute in float32, in another order."""
@@ -159,12 +163,16 @@ def greedy(policy: Any, prompt: Sequence[int], tokens: int) -> list[int]:
 
 
 @contextmanager
-def started(name: str, checkpoint: Path) -> Iterator[Subject]:
+def started(name: str, checkpoint: Path, device: str) -> Iterator[Subject]:
     settings = {"name": name, "max_sequences": SEQUENCES, "stream_interval": INTERVAL, **ENGINES[name]}
+    if name != "sglang_server":
+        settings |= {"device": device, **(ON_CUDA.get(name, {}) if device == "cuda" else {})}
     with ExitStack() as stack:
         server = None
         if name == "sglang_server":
-            server = stack.enter_context(sglang_server(checkpoint, max_sequences=SEQUENCES, stream_interval=INTERVAL))
+            server = stack.enter_context(
+                sglang_server(checkpoint, max_sequences=SEQUENCES, stream_interval=INTERVAL, device=device)
+            )
             settings["server_urls"] = [server.url]
         engine = build_engine(EngineConfig.model_validate(settings), str(checkpoint))
         with asyncio.Runner() as loop:
@@ -197,7 +205,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def subject(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iterator[Subject]:
     """One engine for all tests of a policy: it takes SGLang a while to start; one per process at a time."""
     name, embeddings = request.param
-    with started(name, checkpoints[embeddings]) as subject:
+    with started(name, checkpoints[embeddings], request.config.getoption("--device")) as subject:
         yield subject
 
 

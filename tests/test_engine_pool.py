@@ -72,16 +72,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(small_config: Config, checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Config]:
+def config(single_config: Config, checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Config]:
     settings = {"name": request.param, "device": "cpu", "max_sequences": 8}
-    rollout = small_config.rollout
     with ExitStack() as stack:
         if request.param == "sglang_server":
             server = stack.enter_context(sglang_server(checkpoint))
             SERVERS.append(server)
             settings |= {"server_urls": [server.url]}
-            rollout = rollout.model_copy(update={"workers": 1})
-        yield small_config.model_copy(update={"engine": EngineConfig.model_validate(settings), "rollout": rollout})
+        yield single_config.model_copy(update={"engine": EngineConfig.model_validate(settings)})
 
 
 SERVERS: list[Server] = []
@@ -89,7 +87,7 @@ SERVERS: list[Server] = []
 
 @pytest.fixture(scope="module")
 def pool(config: Config, checkpoint: Path, ray_local: None) -> Iterator[RolloutPool]:
-    """Two workers for all tests below, which kill them one by one at the end."""
+    """One worker for all tests below, which kill it and the one in its place."""
     started = RolloutPool.start(config, str(checkpoint))
     yield started
     started.stop()
@@ -132,29 +130,28 @@ def wait_until_gone(pids: Sequence[int]) -> None:
         time.sleep(0.1)
 
 
-def run_one(pool: RolloutPool, worker: int, task: CountdownTask) -> None:
-    only = RolloutPool([pool.workers[worker]], 4)
-    list(only.run([TreeRequest(p) for p in task.problems("train", 2, 0)]))
+@pytest.mark.slow
+def test_a_worker_ends_with_its_scheduler(pool: RolloutPool, checkpoint: Path, task: CountdownTask) -> None:
+    """Ray sees a dead actor, not one that answers nothing; the one in its place runs the version that was sent."""
+    learner, version = PolicyInHand(load_policy(checkpoint)), WeightVersion(0, 2)
+    ObjectStoreTransport(WeightsConfig()).broadcast(learner, pool, version)  # type: ignore[arg-type]
+    worker, engine = processes_of(pool, 0)
+    os.kill(engine[0], signal.SIGKILL)
+    wait_until_gone([worker, *engine])
+    trees = [tree for _, tree in pool.run([TreeRequest(p) for p in task.problems("train", 2, 0)])]
+    assert {v for tree in trees for v in tree.versions()} == {version}
+    assert pool.restarts == 1
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_no_scheduler(pool: RolloutPool, task: CountdownTask) -> None:
     worker, engine = processes_of(pool, 0)
     assert len(engine) >= 2
     os.kill(worker, signal.SIGKILL)
     wait_until_gone([worker, *engine])
+    only = RolloutPool([pool.workers[0]], 4)
     with pytest.raises(PartDied):
-        run_one(pool, 0, task)
-
-
-def test_a_worker_ends_with_its_scheduler(pool: RolloutPool, task: CountdownTask) -> None:
-    """Ray sees a dead actor, not one that answers nothing; the one in its place runs the version that was sent."""
-    del pool.members[0]  # killed above
-    worker, engine = processes_of(pool, 0)
-    os.kill(engine[0], signal.SIGKILL)
-    wait_until_gone([worker, *engine])
-    trees = [tree for _, tree in pool.run([TreeRequest(p) for p in task.problems("train", 2, 0)])]
-    assert {v for tree in trees for v in tree.versions()} == {WeightVersion(0, 1)}
-    assert pool.restarts == 1
+        list(only.run([TreeRequest(p) for p in task.problems("train", 2, 0)]))
 
 
 def test_a_worker_ends_with_its_server(pool: RolloutPool, task: CountdownTask) -> None:

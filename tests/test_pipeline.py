@@ -73,6 +73,7 @@ def test_supervised_training_is_evaluated_and_its_best_policy_kept(finished: Run
     assert (finished.path / "sft" / "best" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_supervised_run_goes_on_from_its_checkpoint(
     finished: RunDir, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
