@@ -10,18 +10,19 @@ import asyncio
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 import torch
 
 from apr_ray.bench.learner import RATE, STEP, batch_of, free_port, step_flops
-from apr_ray.bench.recording import Recording, fresh_policy, fresh_weights, record, replay_trees
+from apr_ray.bench.recording import fresh_policy, fresh_weights, record
 from apr_ray.bench.timing import Result, in_fresh_process, turns
 from apr_ray.config import Config, OptimizerConfig, load_config
+from apr_ray.core.engine import GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError
+from apr_ray.core.ledger import ThreadTree
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.learner.trainer import Trainer, init_process_group
 from apr_ray.rl.losses import token_logprobs
@@ -30,30 +31,31 @@ PAPER_MODEL = (
     *("model.hidden_size=1024", "model.layers=18", "model.heads=16", "model.ffn_size=2752"),
     "learner.micro_batch_tokens=16384",  # activations of more would not fit beside float32's
 )
-CONCURRENT = (1, 8, 64, 256, 512)
-ENGINE_SECONDS = 10.0
-"""Trees are cut off so that a setting takes about this long at most, once warm."""
+SEQUENCES = (1, 8, 64, 256, 512)
+NEW_TOKENS = 100
 
 
-def run(learner_trees: int = 192, concurrent: Sequence[int] = CONCURRENT, repeats: int = 3) -> Result:
-    """See the module. One GPU, one learner rank; trees of four numbers by the solver, with its lengths."""
+def run(learner_trees: int = 64, sequences: Sequence[int] = SEQUENCES, repeats: int = 2) -> Result:
+    """See the module. One GPU, one learner rank; trees of four numbers by the solver, with its lengths; the engine's
+    model has 14 M parameters (preset `four-numbers`)."""
     if not torch.cuda.is_available():
         raise AprError(f"bench gpu needs a GPU, torch {torch.__version__} finds none", "Run it where there is one")
-    result: Result = in_fresh_process(_measure, learner_trees, tuple(concurrent), repeats)
+    result: Result = in_fresh_process(_measure, learner_trees, tuple(sequences), repeats)
     return result
 
 
-def _measure(learner_trees: int, concurrent: Sequence[int], repeats: int) -> Result:
+def _measure(learner_trees: int, sequences: Sequence[int], repeats: int) -> Result:
     torch.set_num_threads(4)
-    tiny = _config(())
-    paper = _config(PAPER_MODEL)
-    recording = record(max(learner_trees, *concurrent), tiny)
+    small = _config(())
+    trees = record(learner_trees, small).trees
+    prompts = [call.prompt_ids for call in trees[0].calls + trees[1].calls + trees[2].calls][:16]
     init_process_group(0, 1, "127.0.0.1", free_port())
-    result: Result = {"gpu": torch.cuda.get_device_name()}
-    result |= _engine_numbers(recording, "float32") | _engine_numbers(recording, "bfloat16")
-    for trees in concurrent:
-        result |= _engine_speed(recording, trees)
-    return result | _learner(paper, recording, learner_trees, repeats)
+    result = _learner(_config(PAPER_MODEL), trees, repeats)
+    for dtype in ("float32", "bfloat16"):
+        result |= _engine_numbers(small, prompts, dtype)
+    for count in sequences:
+        result |= _engine_speed(small, count)
+    return result | {"gpu": torch.cuda.get_device_name()}
 
 
 def _config(overrides: Sequence[str]) -> Config:
@@ -64,61 +66,62 @@ def _config(overrides: Sequence[str]) -> Config:
 # --- the embedded engine ----------------------------------------------------------------------------------------------
 
 
-def _engine(config: Config, dtype: str, sequences: int) -> TorchEngine:
-    return TorchEngine(*fresh_weights(config), max_sequences=sequences, cache_slots=64, device="cuda", dtype=dtype)
+def _decode(config: Config, dtype: str, prompts: Sequence[Sequence[int]], tokens: int, repeats: int) -> _Decoded:
+    """Every prompt at once, `repeats` times over, once more to warm up."""
+    gc.collect()  # of the one before, whose KV takes much
+    torch.cuda.empty_cache()
+    engine = TorchEngine(*fresh_weights(config), max_sequences=len(prompts), cache_slots=0, device="cuda", dtype=dtype)
+
+    async def one(name: str, prompt: Sequence[int]) -> tuple[list[int], list[float]]:
+        sampling = SamplingParams(max_new_tokens=tokens, seed=len(prompt))
+        chunks = [chunk async for chunk in engine.generate(GenerateRequest(name, tuple(prompt), sampling))]
+        return [i for c in chunks for i in c.token_ids], [lp for c in chunks for lp in c.logprobs]
+
+    async def all_of_them(turn: int) -> list[tuple[list[int], list[float]]]:
+        return list(await asyncio.gather(*(one(f"{turn}-{n:04d}", p) for n, p in enumerate(prompts))))
+
+    asyncio.run(all_of_them(0))
+    start, drawn = time.perf_counter(), []
+    for turn in range(repeats):
+        drawn = asyncio.run(all_of_them(1 + turn))
+    seconds = time.perf_counter() - start
+    return _Decoded(drawn, repeats * len(prompts) * tokens / seconds)
 
 
-def _engine_numbers(recording: Recording, dtype: str) -> Result:
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    drawn: list[tuple[list[int], list[float]]]
+    tokens_per_s: float
+
+
+def _engine_numbers(config: Config, prompts: Sequence[Sequence[int]], dtype: str) -> Result:
     """What the engine says of tokens that it drew, against transformers in float32 on the CPU."""
-    config, requests = recording.config, recording.trees[:8]
     policy = fresh_policy(config).eval()
-    drawn: dict[tuple[str, tuple[int, ...]], tuple[list[int], list[float]]] = {}
-
-    class Noting(TorchEngine):
-        async def generate(self, request: Any) -> Any:
-            ids, logprobs = drawn[request.request_id, request.prompt_ids] = ([], [])
-            async for chunk in super().generate(request):
-                ids += chunk.token_ids
-                logprobs += chunk.logprobs
-                yield chunk
-
-    engine = Noting(*fresh_weights(config), max_sequences=32, cache_slots=64, device="cuda", dtype=dtype)
-    asyncio.run(replay_trees(engine, requests, 8))
     differences: list[float] = []
-    for (_, prompt), (ids, logprobs) in list(drawn.items())[:24]:
+    for prompt, (ids, logprobs) in zip(prompts, _decode(config, dtype, prompts, NEW_TOKENS, 1).drawn, strict=True):
         tokens = torch.tensor([[*prompt, *ids]])
         with torch.no_grad():
             expected = token_logprobs(policy(input_ids=tokens, use_cache=False).logits, tokens)[0, len(prompt) :]
         differences += (expected - torch.tensor(logprobs)).abs().tolist()
-    _give_back()
     return {
-        f"engine_{dtype}_compared_tokens": float(len(differences)),
         f"engine_{dtype}_mean_delta_logprob": float(np.mean(differences)),
         f"engine_{dtype}_max_delta_logprob": float(np.max(differences)),
     }
 
 
-def _engine_speed(recording: Recording, trees: int) -> Result:
-    """Sampled tokens/s with so many trees at once, every one of them begun together."""
-    engine = _engine(recording.config, "bfloat16", max(64, 2 * trees))
-    some = recording.trees[:trees]
-    asyncio.run(replay_trees(engine, some[: max(1, trees // 8)], trees))  # warm
-    start, tokens = time.perf_counter(), 0
-    while time.perf_counter() - start < min(ENGINE_SECONDS, 0.02 * trees + 1.0):
-        asyncio.run(replay_trees(engine, some, trees))
-        tokens += sum(tree.total_tokens for tree in some)
-    seconds = time.perf_counter() - start
-    _give_back()
-    return {f"engine_{trees}_trees_tokens_per_s": tokens / seconds}
+def _engine_speed(config: Config, sequences: int) -> Result:
+    """Sampled tokens/s of so many requests at once, all begun together."""
+    prompts = [[2 + (n + k) % 50 for k in range(32)] for n in range(sequences)]
+    return {f"engine_{sequences}_tokens_per_s": _decode(config, "bfloat16", prompts, NEW_TOKENS, 2).tokens_per_s}
 
 
 # --- the learner ------------------------------------------------------------------------------------------------------
 
 
-def _learner(config: Config, recording: Recording, trees: int, repeats: int) -> Result:
+def _learner(config: Config, trees: Sequence[ThreadTree], repeats: int) -> Result:
     """GRPO steps of the paper's model: gradients' norm and loss in bfloat16 against float32, tokens/s, memory."""
-    batch = batch_of(recording.trees[:trees])
-    few = batch_of(recording.trees[:8])
+    batch = batch_of(trees)
+    few = batch_of(trees[:8])
     trainer = Trainer(fresh_policy(config), config.learner, OptimizerConfig(learning_rate=RATE))
     exact = trainer.grpo_step(few, STEP, 0.0)[0]  # a rate of 0: the weights stay
     rough = trainer.grpo_step(few, replace(STEP, bf16=True), 0.0)[0]
@@ -161,8 +164,3 @@ def matmul_peak(dtype: torch.dtype, size: int = 8192, repeats: int = 20) -> floa
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
-
-
-def _give_back() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
