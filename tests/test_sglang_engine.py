@@ -250,6 +250,67 @@ def test_tokens_around_an_update_are_held_back_and_cut_at_the_version(
     ]  # fmt: skip
 
 
+class OlderSGLang(ScriptedSGLang):
+    """SGLang 0.5.17: it neither takes an update in steps nor tells which version drew which token."""
+
+    @property
+    def begin_weight_update(self) -> Any:  # type: ignore[override]
+        raise AttributeError
+
+
+def interrupted_by_an_update(engine: SGLangEngine, manager: ScriptedSGLang, policy: Path, tokens: int) -> list[Chunk]:
+    async def main() -> list[Chunk]:
+        task = asyncio.create_task(collect(engine, request(tokens=tokens)))
+        await until(lambda: len(manager.requests) == 1)
+        swap = asyncio.create_task(engine.update_weights(update(policy)))
+        await until(lambda: bool(manager.sent))
+        assert manager.steps == [], "weights are changing while something runs"
+        manager.go_on.set()
+        await swap
+        return await task
+
+    chunks: list[Chunk] = run(main())
+    return chunks
+
+
+ABORTED = {"type": "abort", "message": ""}
+
+
+def test_an_sglang_that_tells_no_versions_ends_what_runs_and_goes_on_after_the_update(
+    engine_over: Callable[..., SGLangEngine], checkpoint: Path
+) -> None:
+    stop = {"type": "stop", "matched": STOP}
+    manager = OlderSGLang([output([3]), None, output([3, 4], ABORTED)], [output([5, STOP], stop)])
+    chunks = interrupted_by_an_update(engine_over(manager), manager, checkpoint, 8)
+    assert ids_of(chunks) == [(3,), (4,), (5, STOP)]
+    assert [c.version.counter for c in chunks] == [0, 0, 1]
+    assert [c.finish for c in chunks] == [None, None, FinishReason.STOP]
+    assert manager.steps == ["flush", "pause retract", "update_weights_from_tensor", "continue"]
+    first, second = manager.requests
+    assert second.input_ids == [*first.input_ids, 3, 4]
+
+
+@pytest.mark.parametrize(("last", "finish"), [(STOP, FinishReason.STOP), (4, FinishReason.LENGTH)])
+def test_what_ends_by_itself_as_it_is_interrupted_has_ended(
+    engine_over: Callable[..., SGLangEngine], checkpoint: Path, last: int, finish: FinishReason
+) -> None:
+    """SGLang says "abort" all the same."""
+    manager = OlderSGLang([output([3]), None, output([3, last], ABORTED)])
+    chunks = interrupted_by_an_update(engine_over(manager), manager, checkpoint, 2)
+    assert (sum(ids_of(chunks), ()), chunks[-1].finish) == ((3, last), finish)
+
+
+def test_tokens_that_an_abort_leaves_out_are_drawn_again(
+    engine_over: Callable[..., SGLangEngine], checkpoint: Path
+) -> None:
+    """Of a request that it had put back to wait, SGLang sends the last token alone."""
+    cut = {**output([3, 4], ABORTED), "output_ids": [4]}
+    manager = OlderSGLang([None, cut], [output([5], {"type": "length"})])
+    chunks = interrupted_by_an_update(engine_over(manager), manager, checkpoint, 1)
+    assert ids_of(chunks) == [(5,)]
+    assert manager.requests[1].input_ids == manager.requests[0].input_ids
+
+
 @pytest.mark.parametrize("step", ["begin_weight_update", "update_weights_from_tensor", "end_weight_update"])
 def test_a_step_that_reports_failure_ends_the_engine(
     engine_over: Callable[..., SGLangEngine], checkpoint: Path, step: str

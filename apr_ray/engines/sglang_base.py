@@ -7,7 +7,8 @@ Batching, the radix cache and sampling are SGLang's. This module translates, and
   goes on from there (`_Running.part` counts these continuations);
 - it aborts by prefix, also where one request is meant: every id that it sees ends with a mark that no prefix has;
 - it tells which version drew which token only at a request's end: the requests that run while weights change are held
-  back from then on and come in one piece, cut where the versions meet;
+  back from then on and come in one piece, cut where the versions meet. An older SGLang does not tell it at all
+  (`SGLangBase.tells_versions`): there what runs is ended before the change, and goes on from there after it;
 - its calls for new weights report failure and raise nothing, and a half-applied update cannot be undone: the engine is
   then dead, as it is when SGLang ends.
 
@@ -50,8 +51,9 @@ class _Running:
         limit: tokens it may sample in all.
         ids: sampled so far, over all parts.
         part: how many times it was sent to SGLang, less one.
-        sent: whether SGLang has it.
+        back: set while SGLang does not have it.
         held: weights changed while it ran; its tokens are kept until SGLang tells their versions.
+        interrupted: SGLang is told to end its present part, for weights to change before the next.
         version: the weights in force when its present part was sent.
         ended: its last chunk is out.
     """
@@ -62,12 +64,20 @@ class _Running:
     ids: list[int] = field(default_factory=list)
     cached: int | None = None
     part: int = 0
-    sent: bool = False
+    back: asyncio.Event = field(default_factory=asyncio.Event)
     held: bool = False
+    interrupted: bool = False
     aborted: bool = False
     ended: bool = False
     version: WeightVersion = FIRST_VERSION
     pump: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.back.set()
+
+    @property
+    def sent(self) -> bool:
+        return not self.back.is_set()
 
     @property
     def sglang_id(self) -> str:
@@ -87,6 +97,8 @@ class SGLangBase:
     capabilities = Capabilities(
         seeds=False, deterministic=False, in_flight_update=True, keeps_kv=False, priorities=True, sleeps=False
     )
+    tells_versions = True
+    """Whether SGLang says, at a request's end, which version drew which token."""
 
     def __init__(
         self, checkpoint: str | Path, context_tokens: int | None, on_death: Callable[[str], None] | None
@@ -123,7 +135,9 @@ class SGLangBase:
         raise NotImplementedError
 
     async def _apply(self, staged: Any, version: WeightVersion) -> None:
-        """Retract what runs, load, flush all KV, go on. RuntimeError with SGLang's message if a step fails."""
+        """Retract what runs, load, flush all KV, go on. RuntimeError with SGLang's message if a step fails.
+
+        Without `tells_versions`, nothing runs but what nobody waits for any more."""
         raise NotImplementedError
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -162,13 +176,17 @@ class SGLangBase:
             if running.aborted:
                 self._emit(running, [], [], FinishReason.ABORTED)
                 return
-            if await self._run_part(running):
-                return
+            running.back.clear()
+            try:
+                if await self._run_part(running):
+                    return
+            finally:
+                running.back.set()
             running.part += 1
 
     async def _run_part(self, running: _Running) -> bool:
-        """Send a request, or what is left of it, to SGLang; False if it ended at an end token nobody asked for."""
-        running.version, running.held, running.sent = self.version, False, True
+        """Send a request, or what is left of it, to SGLang; False if it is to go on from where SGLang ended it."""
+        running.version, running.held, running.interrupted = self.version, False, False
         before, unasked = len(running.ids), False
         async with contextlib.aclosing(self._outputs(_sglang_request(running))) as outputs:
             async for output in outputs:
@@ -177,41 +195,45 @@ class SGLangBase:
                 if running.cached is None:
                     running.cached = int(meta.get("cached_tokens", 0))
                     self._counts["cached_tokens"] += running.cached
-                if running.aborted and ended is None:  # again: over HTTP an abort may have come before its request
+                if (running.aborted or running.interrupted) and ended is None:  # again: it may have come too early
                     await self._abort_in_sglang(running.sglang_id, [running.sglang_id])
                 if ended is None and running.held:
                     continue
                 done = len(running.ids) - before
                 ids = [int(i) for i in output["output_ids"][done:]]
+                if len(output["output_ids"]) < len(meta["output_token_logprobs"]):
+                    ids = []  # an abort of what had to wait again brings its last token alone
                 logprobs = [float(entry[0]) for entry in meta["output_token_logprobs"][done : done + len(ids)]]
-                finish, error = self._finish_reason(running, ended, before + done + len(ids))
+                finish, error = self._finish_reason(running, ended, ids)
                 unasked = ended is not None and finish is None
                 if running.held:
                     self._emit_by_version(running, ids, logprobs, meta["weight_versions"], done, finish, error)
                 else:
                     self._emit(running, ids, logprobs, finish, error)
-        running.sent = False
         if not running.ended and not unasked:
             raise RuntimeError("SGLang's stream ended without saying why")
         return not unasked
 
     def _finish_reason(
-        self, running: _Running, ended: Mapping[str, Any] | None, sampled: int
+        self, running: _Running, ended: Mapping[str, Any] | None, ids: Sequence[int]
     ) -> tuple[FinishReason | None, str]:
-        """What SGLang's finish reason means here; None while a request goes on."""
+        """What SGLang's finish reason, which came with the new tokens `ids`, means here; None if a request goes on."""
         if ended is None:
             return None, ""
+        last = ids[-1] if ids else None  # an abort or the limit hides that a stop token came with it
         if ended["type"] == "abort":
             if running.aborted:
                 return FinishReason.ABORTED, ""
-            return FinishReason.ERROR, f"SGLang aborted the request: {ended.get('message')}"
-        if ended["type"] == "length":
-            return FinishReason.LENGTH, ""
-        if not isinstance(ended["matched"], int):
-            return FinishReason.ERROR, f"SGLang ended the request: {ended['matched']}"
-        if ended["matched"] in running.request.sampling.stop_ids:
+            if not running.interrupted:
+                return FinishReason.ERROR, f"SGLang aborted the request: {ended.get('message')}"
+        elif ended["type"] == "stop":
+            last = ended["matched"]
+            if not isinstance(last, int):
+                return FinishReason.ERROR, f"SGLang ended the request: {last}"
+        if last in running.request.sampling.stop_ids:
             return FinishReason.STOP, ""
-        return (FinishReason.LENGTH, "") if sampled >= running.limit else (None, "")
+        at_limit = ended["type"] == "length" or len(running.ids) + len(ids) >= running.limit
+        return (FinishReason.LENGTH, "") if at_limit else (None, "")
 
     def _emit(
         self,
@@ -283,13 +305,20 @@ class SGLangBase:
             self._loop = asyncio.get_running_loop()
             async with self._staged(update) as staged:
                 self._open.clear()
-                for running in self.by_id.values():
-                    running.held = running.sent
                 try:
-                    await self._whole(self._apply(staged, update.version), f"SGLang took weights {update.version}")
+                    await self._whole(self._swap(staged, update.version), f"SGLang took weights {update.version}")
                 finally:
                     self._open.set()
             self.version = update.version
+
+    async def _swap(self, staged: Any, version: WeightVersion) -> None:
+        sent = [running for running in self.by_id.values() if running.sent]
+        for running in sent:
+            running.held, running.interrupted = self.tells_versions, not self.tells_versions
+        if sent and not self.tells_versions:
+            await self._abort_in_sglang("", [running.sglang_id for running in sent])
+            await asyncio.gather(*(running.back.wait() for running in sent))
+        await self._apply(staged, version)
 
     # --- life and death ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import asyncio
 import atexit
 import contextlib
 import gc
+import inspect
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -33,7 +34,7 @@ from apr_ray.engines.sglang_base import FIRST_VERSION, SPARE_TOKENS, SGLangBase,
 from apr_ray.model.shared_buffer import new_shared, shared_tensor
 
 IDLE_S = 60.0
-"""How long SGLang may take to end what was aborted, before it sleeps."""
+"""How long SGLang may take to end what was aborted, before it sleeps or takes weights."""
 
 
 class SGLangEngine(SGLangBase):
@@ -97,6 +98,7 @@ class SGLangEngine(SGLangBase):
         self.capabilities = replace(self.capabilities, sleeps=saves_memory)
         self._manager = self._engine.tokenizer_manager
         self._manager.signal_handler_class = _NoSignalHandlers
+        self.tells_versions = hasattr(self._manager, "begin_weight_update")  # both came with the same SGLang
         self._processes = _take_over(self._engine)
         self._copy: np.ndarray[Any, Any] | None = None
         threading.Thread(target=self._watch_processes, name="sglang-death-watch", daemon=True).start()
@@ -133,27 +135,27 @@ class SGLangEngine(SGLangBase):
         return tensor
 
     async def _apply(self, staged: list[bytes], version: WeightVersion) -> None:
-        """See `SGLangBase._apply`."""
-        from sglang.srt.managers.io_struct import (
-            BeginWeightUpdateReqInput,
-            ContinueGenerationReqInput,
-            EndWeightUpdateReqInput,
-            PauseGenerationReqInput,
-            UpdateWeightsFromTensorReqInput,
-        )
+        """See `SGLangBase._apply`. An SGLang that tells no versions dies if it is to flush while anything waits."""
+        from sglang.srt.managers import io_struct
 
-        manager = self._manager
-        await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
-        require_success("begin_weight_update", *await manager.begin_weight_update(BeginWeightUpdateReqInput()))
-        load = UpdateWeightsFromTensorReqInput(
+        manager, in_steps = self._manager, self.tells_versions
+        if not in_steps:
+            await self._until_idle()
+        await manager.pause_generation(io_struct.PauseGenerationReqInput(mode="retract"))
+        if in_steps:
+            begin = io_struct.BeginWeightUpdateReqInput()
+            require_success("begin_weight_update", *await manager.begin_weight_update(begin))
+        load = io_struct.UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=staged,
             load_format="flattened_bucket",
             flush_cache=True,
             weight_version=str(version),
         )
         require_success("update_weights_from_tensor", *await manager.update_weights_from_tensor(load))
-        require_success("end_weight_update", *await manager.end_weight_update(EndWeightUpdateReqInput()))
-        await manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=self._on_cuda))
+        if in_steps:
+            end = io_struct.EndWeightUpdateReqInput()
+            require_success("end_weight_update", *await manager.end_weight_update(end))
+        await manager.continue_generation(io_struct.ContinueGenerationReqInput(torch_empty_cache=self._on_cuda))
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -184,12 +186,16 @@ class SGLangEngine(SGLangBase):
                 await self._whole(resume, "SGLang woke up")
                 self._asleep = False
 
-    async def _release(self) -> None:
-        """SGLang's scheduler dies if it is told to release while it is busy: a flush waits until it is idle."""
-        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
-
+    async def _until_idle(self) -> None:
+        """A flush waits until SGLang's scheduler has nothing any more."""
         flushed = await self._manager.flush_cache(timeout_s=IDLE_S)
         require_success("flush_cache", flushed.success, flushed.message)
+
+    async def _release(self) -> None:
+        """SGLang's scheduler dies if it is told to release while it is busy."""
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+        await self._until_idle()
         await self._manager.release_memory_occupation(ReleaseMemoryOccupationReqInput())
 
     # --- life and death ---------------------------------------------------------------------------------------------
@@ -269,7 +275,7 @@ def _launch(arguments: dict[str, Any]) -> tuple[ProcessGuard, Any]:
                 f"engine.name is sglang, but {error.name} is not installed",
                 "Install SGLang 0.5.23: pip install 'apr-ray[sglang]' on a GPU machine, `make sglang` for CPU tests",
             ) from error
-        refuse_unknown(arguments, ServerArgs.__struct_fields__, "SGLang")
+        refuse_unknown(arguments, inspect.signature(ServerArgs).parameters.keys(), "SGLang")
         multiprocessing.resource_tracker.ensure_running()  # by itself, it would bear the mark
         guard = ProcessGuard()
         sockets_before = _zmq_contexts()
