@@ -6,10 +6,11 @@ import copy
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge, multiplies_bf16
 from apr_ray.model.llama import load_policy, new_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
-from apr_ray.rl.losses import token_logprobs
+from apr_ray.rl.losses import token_entropy, token_logprobs
 from apr_ray.rl.mismatch import Correction
 from apr_ray.tasks.countdown.tokenizer import build_tokenizer
 
@@ -349,6 +350,44 @@ def test_the_weights_depend_on_neither_ranks_nor_micro_batches_nor_order_nor_zer
 def test_learners_that_sleep_between_their_steps_learn_the_same(reference: Reference, tmp_path: Path) -> None:
     """At every ZeRO stage; saved and read while they sleep. On a CPU nothing moves, but DeepSpeed goes the same way."""
     check(run_group(1, [Case(zero, 4096, sleeps=True) for zero in range(4)], tmp_path), reference)
+
+
+def steps_in_bf16(port: int, results: Any) -> None:
+    """At each ZeRO stage, the entropy of the same GRPO step in float32 and in bfloat16, and of plain torch's."""
+    torch.set_num_threads(1)
+    init_process_group(0, 1, "127.0.0.1", port)
+    batch, asked = batches()[0], torch.is_autocast_enabled
+    for zero in range(4):
+        learner = LearnerConfig(zero_stage=zero, zero3_whole_parameters=100)  # type: ignore[arg-type]
+        trainer = Trainer(new_policy(MODEL, build_tokenizer(), 0), learner, OptimizerConfig(learning_rate=RATE))
+        step = replace(STEP, kl_coefficient=0.0, inner_steps=1)
+        exact = trainer.grpo_step(batch, step, 0.0)[0].entropy
+        # Asked without a device, torch tells of an autocast for GPUs only; DeepSpeed switches off what it is told of.
+        with patch.object(torch, "is_autocast_enabled", lambda *of: asked(*(of or ("cpu",)))):
+            rough = trainer.grpo_step(batch, replace(step, bf16=True), 0.0)[0].entropy
+        results.put((zero, exact, rough))
+
+
+def test_a_step_in_bfloat16_is_one_inside_deepspeed() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=steps_in_bf16, args=(port, results))
+    process.start()
+    found = [results.get(timeout=300) for _ in range(4)]
+    process.join()
+    policy: Any = new_policy(MODEL, build_tokenizer(), 0)
+    batch, expected = batches()[0], 0.0
+    for a, b in pairwise(batch.offsets):
+        tokens, weights = (torch.from_numpy(c[a:b])[None] for c in (batch.tokens, batch.loss_weights))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = policy(tokens).logits
+        expected += float((weights * token_entropy(logits)).sum())
+    for zero, exact, rough in found:
+        assert rough != exact, f"ZeRO stage {zero}: computed in float32"
+        assert rough == pytest.approx(expected, rel=1e-4), f"ZeRO stage {zero}"
 
 
 @pytest.mark.slow

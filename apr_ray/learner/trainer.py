@@ -119,6 +119,7 @@ class Trainer:
             fused=True,
         )
         self.zero = learner.zero_stage
+        self._run_in_precision(policy)
         self._grad_norm = 0.0
         if self.zero == 0:
             # DeepSpeed reports no gradient norm at stage 0, so it is measured, and clipped, just before the update.
@@ -138,6 +139,19 @@ class Trainer:
         )
         self.reference: Any = None
         self.device = next(self.policy.parameters()).device
+
+    def _run_in_precision(self, policy: Any) -> None:
+        """Make the policy's forward pass run under autocast where `_bf16` says so.
+
+        Inside the policy, because DeepSpeed's engine switches off an autocast that it finds around itself on a GPU.
+        """
+        forward, self._bf16 = policy.forward, False
+
+        def in_precision(input_ids: torch.Tensor, **options: Any) -> Any:
+            with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._bf16):
+                return forward(input_ids=input_ids, **options)
+
+        policy.forward = in_precision
 
     def _zero_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"stage": self.zero}
@@ -266,8 +280,8 @@ class Trainer:
 
     def _logits(self, policy: Any, tokens: torch.Tensor, bf16: bool = False) -> torch.Tensor:
         """[b, t, v] of a policy, or of DeepSpeed's engine around it, from right-padded [b, t]."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            logits: torch.Tensor = policy(input_ids=tokens, use_cache=False).logits
+        self._bf16 = bf16
+        logits: torch.Tensor = policy(input_ids=tokens, use_cache=False).logits
         return logits
 
     def plan(self, batch: TrainBatch) -> list[list[int]]:
@@ -325,6 +339,7 @@ class Trainer:
         Every rank holds it whole, at any ZeRO stage; without a checkpoint all ranks must call it.
         """
         policy = load_policy(checkpoint) if checkpoint else self._copy()
+        self._run_in_precision(policy)
         self.reference = policy.requires_grad_(False).to(self.device)
 
     @torch.no_grad()
