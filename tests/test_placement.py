@@ -154,20 +154,18 @@ def test_fewer_workers_need_less_room(small_config: Config) -> None:
 
 
 def test_groups_are_gone_after_a_stop_and_after_a_failed_start(
-    small_config: Config, checkpoint: Path, tmp_path: Path
+    single_config: Config, checkpoint: Path, tmp_path: Path
 ) -> None:
-    pool = RolloutPool.start(small_config, str(checkpoint))
-    learners = LearnerGroup.start(small_config, OPTIMIZER, str(checkpoint))
-    assert {name.rsplit("-", 1)[0] for name in groups("CREATED")} == {
-        "rollout-worker-00", "rollout-worker-01", "learner-ranks"
-    }  # fmt: skip
+    pool = RolloutPool.start(single_config, str(checkpoint))
+    learners = LearnerGroup.start(single_config, OPTIMIZER, str(checkpoint))
+    assert {name.rsplit("-", 1)[0] for name in groups("CREATED")} == {"rollout-worker-00", "learner-ranks"}
     pool.stop()
     learners.stop()
     until(lambda: not groups())
     with pytest.raises(AprError):
-        RolloutPool.start(small_config, str(tmp_path / "nothing"))
+        RolloutPool.start(single_config, str(tmp_path / "nothing"))
     with pytest.raises(Exception, match="nothing"):
-        LearnerGroup.start(small_config, OPTIMIZER, str(tmp_path / "nothing"))
+        LearnerGroup.start(single_config, OPTIMIZER, str(tmp_path / "nothing"))
     until(is_idle)
 
 
