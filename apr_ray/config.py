@@ -104,7 +104,7 @@ class LearnerConfig(Section):
     """Padded tokens per forward pass, at most (a longer sequence goes alone)."""
     cpus_per_rank: Rate = 0.5
     """Ray CPUs reserved per rank. Learners and rollout workers take turns, so each may reserve half a core."""
-    gpus_per_rank: Gpus = 0.0
+    gpus_per_rank: Fraction = 0.0
     """GPUs reserved per rank, 1 or a share of one; with 0 it trains on the CPU."""
 
 
@@ -520,8 +520,10 @@ class Config(Section):
             raise ValueError(
                 f"rollout.gpus_per_worker is {gpus:g}, engine {engine.name} uses none (engine.device {engine.device})"
             )
-        if engine.name == "torch" and engine.device == "cuda" and not 0 < gpus <= 1:
-            raise ValueError(f"the torch engine on cuda uses one GPU or a share of it, gpus_per_worker is {gpus:g}")
+        if engine.device == "cuda" and not gpus and engine.name != "sglang_server":
+            raise ValueError("engine.device is cuda, rollout.gpus_per_worker is 0: a worker reserves what it uses")
+        if engine.name == "torch" and gpus > 1:
+            raise ValueError(f"rollout.gpus_per_worker is {gpus:g}, the torch engine uses one GPU or a share of it")
         return self
 
     @model_validator(mode="after")

@@ -62,7 +62,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["eval", "{tmp}"], "no checkpoint in"),
         (["sft", "--data", "{tmp}", "run.root={tmp}", "tracking.tracker=none"], "no Parquet files"),
         (["quickstart", "--fast", "--long"], "exclude each other"),
-        (["bench", "nope"], "Choose one of engine, learner, oracle, rollout"),
+        (["bench", "nope"], "Choose one of engine, gpu, learner, oracle, rollout"),
         (["vectors", "{tmp}"], "is missing"),
     ],
 )

@@ -353,18 +353,21 @@ def test_learners_that_sleep_between_their_steps_learn_the_same(reference: Refer
 
 
 def steps_in_bf16(port: int, results: Any) -> None:
-    """At each ZeRO stage, the entropy of the same GRPO step in float32 and in bfloat16, and of plain torch's."""
+    """At each ZeRO stage, a GRPO step's entropy and a supervised step's loss, in float32 and in bfloat16."""
     torch.set_num_threads(1)
     init_process_group(0, 1, "127.0.0.1", port)
     batch, asked = batches()[0], torch.is_autocast_enabled
     for zero in range(4):
         learner = LearnerConfig(zero_stage=zero, zero3_whole_parameters=100)  # type: ignore[arg-type]
         trainer = Trainer(new_policy(MODEL, build_tokenizer(), 0), learner, OptimizerConfig(learning_rate=RATE))
-        step = replace(STEP, kl_coefficient=0.0, inner_steps=1)
-        exact = trainer.grpo_step(batch, step, 0.0)[0].entropy
+        trainer.freeze_reference()
+        step = replace(STEP, inner_steps=1)
+        exact = trainer.grpo_step(batch, step, 0.0)[0].entropy, trainer.sft_step(batch, 0.0).loss
         # Asked without a device, torch tells of an autocast for GPUs only; DeepSpeed switches off what it is told of.
         with patch.object(torch, "is_autocast_enabled", lambda *of: asked(*(of or ("cpu",)))):
-            rough = trainer.grpo_step(batch, replace(step, bf16=True), 0.0)[0].entropy
+            (grpo,) = trainer.grpo_step(batch, replace(step, bf16=True), 0.0)
+            rough = grpo.entropy, trainer.sft_step(batch, 0.0, bf16=True).loss
+        assert abs(grpo.kl) < 1e-6, "the reference was not computed as the policy was"
         results.put((zero, exact, rough))
 
 
@@ -376,18 +379,21 @@ def test_a_step_in_bfloat16_is_one_inside_deepspeed() -> None:
     results = context.Queue()
     process = context.Process(target=steps_in_bf16, args=(port, results))
     process.start()
-    found = [results.get(timeout=300) for _ in range(4)]
+    found = [results.get(timeout=120) for _ in range(4)]
     process.join()
+    assert process.exitcode == 0
     policy: Any = new_policy(MODEL, build_tokenizer(), 0)
-    batch, expected = batches()[0], 0.0
+    batch, entropy, loss = batches()[0], 0.0, 0.0
     for a, b in pairwise(batch.offsets):
         tokens, weights = (torch.from_numpy(c[a:b])[None] for c in (batch.tokens, batch.loss_weights))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             logits = policy(tokens).logits
-        expected += float((weights * token_entropy(logits)).sum())
+        entropy += float((weights * token_entropy(logits)).sum())
+        loss -= float((weights * token_logprobs(logits, tokens)).sum())
     for zero, exact, rough in found:
-        assert rough != exact, f"ZeRO stage {zero}: computed in float32"
-        assert rough == pytest.approx(expected, rel=1e-4), f"ZeRO stage {zero}"
+        assert rough[0] != exact[0], f"ZeRO stage {zero}: computed in float32"
+        assert rough[1] != exact[1], f"ZeRO stage {zero}: computed in float32"
+        assert rough == pytest.approx((entropy, loss), rel=1e-4), f"ZeRO stage {zero}"
 
 
 @pytest.mark.slow

@@ -199,7 +199,11 @@ def test_gpus_that_nothing_uses_and_engines_that_cannot_sleep_are_refused() -> N
     with pytest.raises(ConfigError, match=r"rollout.gpus_per_worker is 1, engine torch uses none \(engine.device None"):
         load_config([], ["rollout.gpus_per_worker=1"])
     with pytest.raises(ConfigError, match="several GPUs are reserved whole"):
-        load_config([], ["learner.gpus_per_rank=1.5"])
+        load_config([], ["engine.name=sglang", "rollout.gpus_per_worker=1.5"])
+    with pytest.raises(ConfigError, match=r"learner.gpus_per_rank: Input should be less than or equal to 1"):
+        load_config([], ["learner.gpus_per_rank=2"])
+    with pytest.raises(ConfigError, match=r"engine.device is cuda, rollout.gpus_per_worker is 0"):
+        load_config([], ["engine.name=sglang", "engine.device=cuda"])
     with pytest.raises(ConfigError, match="min_workers 3 is above workers 2"):
         load_config([], ["rollout.workers=2", "rollout.min_workers=3"])
     with pytest.raises(ConfigError, match=r"sglang cannot here.*placement.mode=disaggregated"):

@@ -6,6 +6,7 @@ The real one is held to the same interface as every engine in `test_engine_confo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -248,6 +249,31 @@ def test_tokens_around_an_update_are_held_back_and_cut_at_the_version(
     assert manager.steps == [
         "pause retract", "begin_weight_update", "update_weights_from_tensor", "end_weight_update", "continue"
     ]  # fmt: skip
+
+
+def test_what_is_sent_after_an_update_is_of_the_new_weights_while_the_old_buffer_is_put_away(
+    engine_over: Callable[..., SGLangEngine], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = ScriptedSGLang([output([5], {"type": "length"})])
+    collected = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def staged(engine: SGLangEngine, update: Any) -> AsyncIterator[list[bytes]]:
+        yield []
+        await collected.wait()
+
+    monkeypatch.setattr(SGLangEngine, "_staged", staged)
+
+    async def main() -> list[Chunk]:
+        engine = engine_over(manager)
+        swap = asyncio.create_task(engine.update_weights(update(checkpoint)))
+        await until(lambda: "continue" in manager.steps)
+        chunks = await collect(engine, request(tokens=1))
+        collected.set()
+        await swap
+        return chunks
+
+    assert [c.version.counter for c in run(main())] == [1]
 
 
 class OlderSGLang(ScriptedSGLang):

@@ -33,7 +33,7 @@ class ScriptedServer:
     """Answers `/generate` with `events`, then stays silent, ends the stream or breaks it; keeps what it was asked."""
 
     def __init__(self) -> None:
-        self.info: dict[str, Any] = {"enable_priority_scheduling": True, "context_length": 768}
+        self.info: dict[str, Any] = {"enable_priority_scheduling": True, "context_length": 768, "version": "0.5.23"}
         self.events: list[Any] = []
         self.end = "done"
         self.asked: list[tuple[str, Any]] = []
@@ -196,6 +196,7 @@ def test_an_abort_names_every_request(checkpoint: Path) -> None:
         ({"context_length": 500, "enable_priority_scheduling": True}, "a context of 500 tokens, 600 are asked for"),
         ({"incremental_streaming_output": True}, "without --incremental-streaming-output"),
         ({}, "with --enable-priority-scheduling"),
+        ({"version": "0.5.17"}, r"is 0.5.17, which does not tell .* Use SGLang 0.5.23 or newer"),
     ],
 )
 def test_a_server_that_was_started_otherwise_is_refused(checkpoint: Path, info: dict[str, Any], what: str) -> None:

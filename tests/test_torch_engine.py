@@ -129,6 +129,24 @@ def check_a_batch_mix(checkpoint: Path, policy: Any, data: st.DataObject) -> Non
     assert not engine.by_id
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_below_float32_it_computes_in_what_was_asked_for_and_stays_near(
+    checkpoint: Path, policy: Any, deterministic: bool
+) -> None:
+    """bfloat16 has three digits: logprobs differ from float32's by hundredths, not by nothing and not by much."""
+    engine = engine_of(checkpoint, dtype="bfloat16", deterministic=deterministic, max_sequences=16)
+    prompts = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8, 11, 12]]
+    differences: list[float] = []
+    for turn in range(2):  # the second one on KV that was kept
+        asked = [request(f"r{turn}{i}", p, 20, 1.0, seed=i) for i, p in enumerate(prompts)]
+        for prompt, chunks in zip(prompts, run_all(engine, asked), strict=True):
+            expected = reference(policy, prompt, ids_of(chunks), 1.0)
+            differences += np.abs(logprobs_of(chunks) - expected).tolist()
+    assert {engine.decoder.keys.dtype, engine.decoder.embed.dtype} == {torch.bfloat16}
+    assert 1e-4 < np.mean(differences) < 0.05
+    assert max(differences) < 0.5
+
+
 def test_rows_of_like_length_attend_together(checkpoint: Path) -> None:
     """Long and short requests come and go at different times, and stand in cohorts of their own all the while."""
     engine = CheckedEngine.from_checkpoint(checkpoint, max_sequences=8, cache_slots=0)

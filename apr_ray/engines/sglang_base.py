@@ -39,6 +39,8 @@ T = TypeVar("T")
 FIRST_VERSION = WeightVersion(0, 0)
 ID_END = "#"
 """Ends every id that SGLang sees. Request ids may not hold it, so no id is another's prefix."""
+IDLE_S = 60.0
+"""How long SGLang may take to end what was aborted, before it sleeps or takes weights."""
 SPARE_TOKENS = 6
 """SGLang keeps this much of its context length to itself: a request of `context_tokens` needs that many more."""
 
@@ -224,7 +226,7 @@ class SGLangBase:
         if ended["type"] == "abort":
             if running.aborted:
                 return FinishReason.ABORTED, ""
-            if not running.interrupted:
+            if not running.interrupted or ended.get("status_code"):  # SGLang's own reason has one
                 return FinishReason.ERROR, f"SGLang aborted the request: {ended.get('message')}"
         elif ended["type"] == "stop":
             last = ended["matched"]
@@ -307,18 +309,29 @@ class SGLangBase:
                 self._open.clear()
                 try:
                     await self._whole(self._swap(staged, update.version), f"SGLang took weights {update.version}")
+                    self.version = update.version  # before anything is sent again
                 finally:
                     self._open.set()
-            self.version = update.version
 
     async def _swap(self, staged: Any, version: WeightVersion) -> None:
+        """Hold back or end what runs, then apply."""
         sent = [running for running in self.by_id.values() if running.sent]
         for running in sent:
             running.held, running.interrupted = self.tells_versions, not self.tells_versions
         if sent and not self.tells_versions:
             await self._abort_in_sglang("", [running.sglang_id for running in sent])
-            await asyncio.gather(*(running.back.wait() for running in sent))
+            await self._until_back(sent)
         await self._apply(staged, version)
+
+    async def _until_back(self, sent: Sequence[_Running]) -> None:
+        try:
+            async with asyncio.timeout(IDLE_S):
+                await asyncio.gather(*(running.back.wait() for running in sent))
+        except TimeoutError:
+            left = [running.sglang_id for running in sent if running.sent]
+            raise RuntimeError(
+                f"{len(left)} aborted requests have not ended in {IDLE_S:g} s, {left[0]} first"
+            ) from None
 
     # --- life and death ---------------------------------------------------------------------------------------------
 

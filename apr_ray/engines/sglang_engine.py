@@ -30,11 +30,8 @@ from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard, environment
 from apr_ray.engines.requests import refuse_unknown
-from apr_ray.engines.sglang_base import FIRST_VERSION, SPARE_TOKENS, SGLangBase, require_success
+from apr_ray.engines.sglang_base import FIRST_VERSION, IDLE_S, SPARE_TOKENS, SGLangBase, require_success
 from apr_ray.model.shared_buffer import new_shared, shared_tensor
-
-IDLE_S = 60.0
-"""How long SGLang may take to end what was aborted, before it sleeps or takes weights."""
 
 
 class SGLangEngine(SGLangBase):

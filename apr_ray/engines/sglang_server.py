@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -39,6 +40,8 @@ CONNECT_S = 10.0
 UPDATE_S = 600.0
 MAX_LINE_BYTES = 64 << 20
 """Of the stream's events; each holds all tokens of its request so far."""
+TELLS_VERSIONS = (0, 5, 23)
+"""The first SGLang known to tell which weights drew which token; 0.5.17 does not."""
 
 
 class SGLangServer(SGLangBase):
@@ -83,6 +86,12 @@ class SGLangServer(SGLangBase):
             )
 
     def _require_suitable(self, info: Mapping[str, Any], asked: int | None) -> None:
+        version = str(info.get("version", ""))
+        if version and tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < TELLS_VERSIONS:
+            raise ConfigError(
+                f"the SGLang server at {self.url} is {version}, which does not tell which weights drew a token",
+                f"Use SGLang {'.'.join(map(str, TELLS_VERSIONS))} or newer",
+            )
         limit = int(info.get("context_length") or read_config(self.checkpoint)["max_position_embeddings"])
         if asked is None:
             self.context_tokens = min(self.context_tokens, limit - SPARE_TOKENS)

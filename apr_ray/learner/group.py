@@ -15,6 +15,7 @@ import ray
 
 from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
+from apr_ray.core.errors import AprError
 from apr_ray.core.weights import TensorSpec, WeightSink, WeightVersion
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge, multiplies_bf16
 from apr_ray.parts import DEAD, died, own_log
@@ -38,6 +39,11 @@ class LearnerActor:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that reserved none
         import torch
 
+        if config.learner.gpus_per_rank and not torch.cuda.is_available():
+            raise AprError(
+                f"a rank has reserved {config.learner.gpus_per_rank:g} GPU, torch {torch.__version__} finds none here",
+                "Install a CUDA build of torch, or set learner.gpus_per_rank=0",
+            )
         torch.set_num_threads(1)
         self.config = config
         self.optimizer = optimizer

@@ -99,6 +99,8 @@ class RolloutWorker:
     """A Ray actor around one engine; its methods are coroutines on one loop, between which the engine steps."""
 
     def __init__(self, config: Config, checkpoint: str, worker_id: str, place: int = 0) -> None:
+        if not config.rollout.gpus_per_worker:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that reserved none
         import torch
 
         self.worker_id = worker_id  # first: Ray prints it with whatever fails below

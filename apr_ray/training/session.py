@@ -49,6 +49,14 @@ def require_startable(config: Config, policy: str | Path | None = None) -> None:
         require_vocabulary(policy, task.load_tokenizer(str(policy)))
     if config.ray.address is None:
         require_engine(config.engine)
+        if config.learner.gpus_per_rank or config.engine.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ConfigError(
+                    f"learner.gpus_per_rank or engine.device ask for a GPU, torch {torch.__version__} finds none",
+                    "Install a CUDA build of torch on a machine with a GPU, or leave the preset gpu out",
+                )
         port = config.ray.dashboard_port
         if port and not ray.is_initialized() and _is_busy(port):
             raise ConfigError(f"ray.dashboard_port {port} is in use", "Choose a free port, or 0 for no dashboard")

@@ -9,6 +9,7 @@ rows: it runs span by span, each span as far as its own longest row, because rea
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from apr_ray.core.errors import AprError
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,10 @@ class Decoder:
         shape: sizes.
         slots: rows of KV memory.
         context: positions per slot.
-        device, dtype: of weights, KV and matrix products. Angles, and the logits that come out, are float32.
+        device, dtype: of weights, KV and matrix products. Angles are float32; the logits are widened to it.
+
+    Raises:
+        AprError: the GPU has no room for the KV slots.
     """
 
     def __init__(
@@ -123,7 +129,14 @@ class Decoder:
             # numpy's zeros take memory as it is touched, in huge pages where the system has them
             self.keys, self.values = (torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32)) for _ in "kv")
         else:
-            self.keys, self.values = (torch.zeros(self.kv_size, dtype=self.dtype, device=self.device) for _ in "kv")
+            try:
+                self.keys, self.values = (torch.zeros(self.kv_size, dtype=self.dtype, device=self.device) for _ in "kv")
+            except torch.OutOfMemoryError as error:
+                gigabytes = 2 * math.prod(self.kv_size) * self.dtype.itemsize / 1e9
+                raise AprError(
+                    f"{self.kv_size[1]} slots of {self.kv_size[3]} tokens take {gigabytes:.1f} GB, which the GPU lacks",
+                    "Lower engine.max_sequences, engine.cache_slots or engine.context_tokens",
+                ) from error
 
     def free(self) -> None:
         """Give the memory of the KV slots back to the system."""

@@ -35,8 +35,8 @@ from apr_ray.model.state import check_update
 
 FIRST_VERSION = WeightVersion(0, 0)
 COHORT_TOKENS = {"cpu": 64, "cuda": 1024}
-"""Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls, whose launches are most of
-a GPU's step."""
+"""Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls, and
+so fewer launches on a GPU (where the width was not measured)."""
 MIN_REUSED_TOKENS = 4
 """A shorter common prefix is cheaper to compute again than to copy."""
 PROBED_TOKENS = 16
@@ -73,7 +73,7 @@ class TorchEngine:
         cache_slots: ended requests whose KV is kept for reuse.
         context_tokens: prompt and sampled tokens of one request together; the model's own limit by default.
         stream_interval: tokens per chunk; the end of a request always comes at once.
-        device, dtype: where it computes, and in what: see `Decoder`. Logprobs are always of float32 logits.
+        device, dtype: where it computes, and in what: see `Decoder`.
         deterministic: a request's tokens and logprobs do not depend, to the last bit, on what else is in the batch, on
             its row, or on what was cached. Every step computes `max_sequences` rows by one token, prompts included, and
             attends row by row (see `Decoder.forward_fixed`).
