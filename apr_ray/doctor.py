@@ -52,7 +52,7 @@ def _bf16() -> str:
         return "unknown without torch"
     import torch
 
-    from apr_ray.learner.trainer import multiplies_bf16
+    from apr_ray.learner.device import multiplies_bf16
 
     return "has instructions" if multiplies_bf16(torch.device("cpu")) else "no instructions: fp32 is faster"
 

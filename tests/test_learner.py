@@ -20,8 +20,9 @@ import torch.multiprocessing as mp
 from apr_ray.config import Config, LearnerConfig, ModelConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.weights import WeightVersion
+from apr_ray.learner.device import init_process_group, multiplies_bf16
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge, multiplies_bf16
+from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, merge
 from apr_ray.model.llama import load_policy, new_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rl.losses import token_entropy, token_logprobs

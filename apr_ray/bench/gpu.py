@@ -26,7 +26,8 @@ from apr_ray.core.engine import GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.engines.torch_engine import TorchEngine
-from apr_ray.learner.trainer import Trainer, init_process_group
+from apr_ray.learner.device import init_process_group
+from apr_ray.learner.trainer import Trainer
 from apr_ray.rl.losses import token_logprobs
 
 PAPER_MODEL = (

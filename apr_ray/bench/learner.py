@@ -16,7 +16,8 @@ from apr_ray.config import Config, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.ledger import Group, ThreadTree
 from apr_ray.core.weights import WeightVersion
-from apr_ray.learner.trainer import GrpoStep, Trainer, init_process_group
+from apr_ray.learner.device import init_process_group
+from apr_ray.learner.trainer import GrpoStep, Trainer
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rl.batches import grpo_batch, plan_micro_batches
 from apr_ray.rl.losses import grpo_loss, token_entropy, token_logprobs

@@ -17,7 +17,8 @@ from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import TensorSpec, WeightSink, WeightVersion
-from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, init_process_group, merge, multiplies_bf16
+from apr_ray.learner.device import init_process_group, multiplies_bf16
+from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, merge
 from apr_ray.parts import DEAD, died, own_log
 from apr_ray.placement import Places, learner_places
 from apr_ray.tasks.registry import load_task

@@ -8,7 +8,6 @@ gradients over ranks, so each rank's loss is multiplied by the number of ranks.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,11 +20,12 @@ import torch
 from apr_ray.config import GrpoConfig, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
+from apr_ray.learner.rows import Rows
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import copy_flat, pack_weights, trainable_parameters
 from apr_ray.rl.batches import plan_micro_batches
-from apr_ray.rl.losses import grpo_loss, log_ratio, sft_loss, token_entropy, token_logprobs
-from apr_ray.rl.mismatch import Correction, ImportanceWeights, Mismatch, importance_weights, measure_mismatch, tree_sums
+from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.mismatch import Correction, Mismatch, importance_weights, measure_mismatch, tree_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class Trainer:
         """One optimiser step on demonstrations; `bf16` runs its matrix products in bfloat16."""
         loss_sum, padded, tokens = 0.0, 0, 0
         for indices in self.plan(batch):
-            rows = _Rows(batch, indices, self.device)
+            rows = Rows(batch, indices, self.device)
             logits = self._logits(self.engine, rows.tokens, bf16)
             loss = sft_loss(token_logprobs(logits, rows.tokens), rows.weights)
             self.engine.backward(loss * self.world)
@@ -194,7 +194,7 @@ class Trainer:
     def grpo_step(self, batch: TrainBatch, step: GrpoStep, learning_rate: float) -> list[StepStats]:
         """`inner_steps` optimiser steps on one batch of trees; the first one's stats hold the mismatch of engine and
         learner at the start of the batch."""
-        rows_of = [_Rows(batch, indices, self.device) for indices in self.plan(batch)]
+        rows_of = [Rows(batch, indices, self.device) for indices in self.plan(batch)]
         if step.kl_coefficient:
             for rows in rows_of:
                 rows.reference = self.reference_logprobs(rows, step.temperature, step.bf16)
@@ -208,7 +208,7 @@ class Trainer:
         mismatch = measure_mismatch(self._delta(batch, rows_of), batch)
         return [replace(out[0], mismatch=mismatch), *out[1:]]
 
-    def _accumulate(self, rows: _Rows, step: GrpoStep, learning_rate: float) -> StepStats:
+    def _accumulate(self, rows: Rows, step: GrpoStep, learning_rate: float) -> StepStats:
         """Forward and backward of one micro-batch."""
         logits = self._logits(self.engine, rows.tokens, step.bf16)
         logprobs = token_logprobs(logits, rows.tokens, step.temperature)
@@ -242,7 +242,7 @@ class Trainer:
             cut=int((rows.importance.cut & (rows.weights != 0)).sum()) if rows.importance else 0,
         )
 
-    def _weigh_whole_batch(self, batch: TrainBatch, rows_of: Sequence[_Rows], step: GrpoStep, how: Correction) -> None:
+    def _weigh_whole_batch(self, batch: TrainBatch, rows_of: Sequence[Rows], step: GrpoStep, how: Correction) -> None:
         """Importance weights that need every proximal logprob of the batch: a pass of its own before the first step."""
         for rows in rows_of:
             with torch.no_grad():
@@ -255,7 +255,7 @@ class Trainer:
         for rows in rows_of:
             rows.importance = importance_weights(rows.delta(), how, sums[rows.trees])
 
-    def _delta(self, batch: TrainBatch, rows_of: Sequence[_Rows]) -> np.ndarray[Any, Any]:
+    def _delta(self, batch: TrainBatch, rows_of: Sequence[Rows]) -> np.ndarray[Any, Any]:
         """float32 [N]: proximal less behaviour logprob of every token of the batch, from all ranks."""
         delta = torch.zeros(len(batch.tokens), device=self.device)
         for rows in rows_of:
@@ -352,7 +352,7 @@ class Trainer:
         return copy
 
     @torch.no_grad()
-    def reference_logprobs(self, rows: _Rows, temperature: float, bf16: bool = False) -> torch.Tensor:
+    def reference_logprobs(self, rows: Rows, temperature: float, bf16: bool = False) -> torch.Tensor:
         """[b, t] under the reference policy."""
         logits = self._logits(self.reference, rows.tokens, bf16)
         return token_logprobs(logits, rows.tokens, temperature)
@@ -404,68 +404,3 @@ def parameter_groups(policy: Any, optimizer: OptimizerConfig) -> list[dict[str, 
     last = policy.model.norm.weight
     others = [p for p in policy.parameters() if p is not last]
     return [{"params": others}, {"params": [last], "scale": optimizer.final_norm_scale, "eps": 1e-8}]
-
-
-class _Rows:
-    """Some sequences of a batch, right-padded, and what is known of them: every tensor is [b, t], `trees` [b].
-
-    No attention mask is needed: attention is causal, and no token comes after its sequence's padding. A rank with
-    nothing left holds one row of padding: it still takes part in every reduction.
-
-    Attributes:
-        reference, proximal, importance: None until known, or where the step does without.
-    """
-
-    def __init__(self, batch: TrainBatch, indices: Sequence[int], device: torch.device) -> None:
-        self.spans = [(int(batch.offsets[i]), int(batch.offsets[i + 1])) for i in indices] or [(0, 0)]
-        width = max(2, *(end - start for start, end in self.spans))
-
-        def stack(column: np.ndarray[Any, Any]) -> torch.Tensor:
-            out = np.zeros((len(self.spans), width), dtype=column.dtype)
-            for row, (start, end) in enumerate(self.spans):
-                out[row, : end - start] = column[start:end]
-            return torch.from_numpy(out).to(device)
-
-        self.trees = batch.trees[list(indices) or [0]]
-        self.tokens = stack(batch.tokens)
-        self.weights = stack(batch.loss_weights)
-        self.advantages = stack(batch.advantages)
-        self.behaviour_logprobs = stack(batch.behaviour_logprobs)
-        self.reference: torch.Tensor | None = None
-        self.proximal: torch.Tensor | None = None
-        self.importance: ImportanceWeights | None = None
-
-    def delta(self) -> torch.Tensor:
-        """Proximal less behaviour logprob where a token carries loss, else 0."""
-        assert self.proximal is not None, "no forward pass yet"
-        return log_ratio(self.proximal, self.behaviour_logprobs, self.weights != 0)
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a processor has instructions for matrix products in bfloat16; without them a CPU emulates, slowly."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def init_process_group(rank: int, world: int, address: str, port: int) -> None:
-    """Join the learner group, over gloo on a CPU, else over what the device has (nccl: not run on a GPU yet).
-
-    DeepSpeed would compile a shared-memory collective at first use, which takes a minute and a compiler; gloo is as
-    fast for two ranks, so that operator is switched off.
-    """
-    import deepspeed
-
-    accelerator = deepspeed.get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")  # an actor sees its own device only
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        init_method=f"tcp://{address}:{port}",
-        rank=rank,
-        world_size=world,
-    )

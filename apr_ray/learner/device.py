@@ -1,0 +1,37 @@
+"""What a rank computes on, and how it joins the others."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a processor has instructions for matrix products in bfloat16; without them a CPU emulates, slowly."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def init_process_group(rank: int, world: int, address: str, port: int) -> None:
+    """Join the learner group, over gloo on a CPU, else over what the device has (nccl: not run on a GPU yet).
+
+    DeepSpeed would compile a shared-memory collective at first use, which takes a minute and a compiler; gloo is as
+    fast for two ranks, so that operator is switched off.
+    """
+    import deepspeed
+
+    accelerator = deepspeed.get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # an actor sees its own device only
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=world,
+    )
