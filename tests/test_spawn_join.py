@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome, Outcome
@@ -10,7 +12,7 @@ from apr_ray.core.task import ChildResult, SpawnRequest, ThreadEnd
 from apr_ray.tasks.countdown import spawn_join as sj
 from apr_ray.tasks.countdown.problem import CountdownProblem
 from apr_ray.tasks.countdown.protocol import CountdownProtocol
-from apr_ray.tasks.countdown.tokenizer import CountdownTokenizer, build_tokenizer, load_tokenizer
+from apr_ray.tasks.countdown.tokenizer import EOS, PHRASES, CountdownTokenizer, build_tokenizer, load_tokenizer
 
 OWN = """Moving to Node #0
 Current State: 22:[3, 5, 7], Operations: []
@@ -157,6 +159,22 @@ def test_text_outside_the_grammar_is_an_error_not_an_unknown_token(tokenizer: Co
     for text in ("hello", "Moving to node #0", "3 x 5", "Goal"):
         with pytest.raises(AprError, match="outside the Countdown grammar"):
             tokenizer.encode(text)
+
+
+PIECES = st.sampled_from([*PHRASES, *(p[:-1] for p in PHRASES), "x", "é", EOS])
+
+
+@given(st.lists(PIECES, max_size=30).map("".join))
+def test_ids_are_the_librarys(text: str) -> None:
+    """Phrases side by side, cut short, between what is no phrase: the same ids, or an error from both."""
+    tokenizer = build_tokenizer()
+    try:
+        expected = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    except Exception:  # noqa: BLE001  # as the library raises it
+        with pytest.raises(AprError):
+            tokenizer.encode(text)
+    else:
+        assert tokenizer.encode(text) == expected
 
 
 def test_a_tokenizer_survives_its_checkpoint(tokenizer: CountdownTokenizer, tmp_path: object) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,7 +112,8 @@ def solve_rows(
     for item in items:
         problem = task.problem_from_json(json.loads(item["problem"]))
         made = task.demonstrate(problem, seed * 1_000_003 + item["solver_seed"])
-        encoded = [(s, tokenizer.encode(s.prompt), tokenizer.encode(s.completion)) for s in made.sequences]
+        encode = cache(tokenizer.encode)  # what a thread was given is often the whole prompt
+        encoded = [(s, encode(s.prompt), encode(s.completion)) for s in made.sequences]
         if any(len(p) + len(c) + 1 > max_tokens for _, p, c in encoded):
             continue
         for order, (sequence, prompt, completion) in enumerate(encoded):
@@ -123,7 +124,7 @@ def solve_rows(
                     "order": order,
                     "kind": sequence.kind,
                     "solved": made.solved,
-                    "given_tokens": len(tokenizer.encode(sequence.given)),
+                    "given_tokens": len(encode(sequence.given)),
                     "prompt_tokens": len(prompt),
                     "ids": [*prompt, *completion, tokenizer.eos_id],
                 }

@@ -9,6 +9,11 @@ MAX_DIGITS = 18
 """Longest integer that is parsed; 99**8 has 16 digits, so no search of up to eight numbers is cut."""
 
 
+def operation_text(a: int, op: str, b: int, result: int) -> str:
+    """`53-26=27`."""
+    return f"{a}{op}{b}={result}"
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """`a op b = result`; whether it is true is `is_valid`."""
@@ -19,7 +24,7 @@ class Operation:
     result: int
 
     def __str__(self) -> str:
-        return f"{self.a}{self.op}{self.b}={self.result}"
+        return operation_text(self.a, self.op, self.b, self.result)
 
     def is_valid(self) -> bool:
         """Whether it holds in non-negative integers: a >= b for minus, b > 0 and no remainder for division."""

@@ -46,6 +46,26 @@ def numbers_text(numbers: Sequence[int]) -> str:
     return "[" + ", ".join(map(str, numbers)) + "]"
 
 
+def move_line(node: str) -> str:
+    """A `Move` from its parts' texts, as the next ones: the solvers write most lines, and make no events of them."""
+    return f"Moving to Node {node}"
+
+
+def state_line(target: int, numbers: str, operations: str) -> str:
+    """A `State`; operations are quoted, with commas between."""
+    return f"Current State: {target}:{numbers}, Operations: [{operations}]"
+
+
+def explore_line(operation: str, numbers: str) -> str:
+    """An `Explore`."""
+    return f"Exploring Operation: {operation}, Resulting Numbers: {numbers}"
+
+
+def generate_line(node: str, target: int, numbers: str, operation: str) -> str:
+    """A `Generate`."""
+    return f"Generated Node {node}: {target}:{numbers} Operation: {operation}"
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """A budget prefix, on the same line before the first event: "Sub Call Budget" (APR) or "Token Budget" (SoS+)."""
@@ -64,7 +84,7 @@ class Move:
     node: Node
 
     def text(self) -> str:
-        return f"Moving to Node {node_text(self.node)}"
+        return move_line(node_text(self.node))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +97,7 @@ class State:
 
     def text(self) -> str:
         operations = ", ".join(f"'{operation}'" for operation in self.operations)
-        return f"Current State: {self.target}:{numbers_text(self.numbers)}, Operations: [{operations}]"
+        return state_line(self.target, numbers_text(self.numbers), operations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +108,7 @@ class Explore:
     numbers: tuple[int, ...]
 
     def text(self) -> str:
-        return f"Exploring Operation: {self.operation}, Resulting Numbers: {numbers_text(self.numbers)}"
+        return explore_line(str(self.operation), numbers_text(self.numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +121,7 @@ class Generate:
     operation: Operation
 
     def text(self) -> str:
-        return (
-            f"Generated Node {node_text(self.node)}: {self.target}:{numbers_text(self.numbers)}"
-            f" Operation: {self.operation}"
-        )
+        return generate_line(node_text(self.node), self.target, numbers_text(self.numbers), str(self.operation))
 
 
 @dataclass(frozen=True, slots=True)

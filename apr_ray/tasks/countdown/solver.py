@@ -11,14 +11,15 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Literal
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome
 from apr_ray.core.task import ChildResult
-from apr_ray.tasks.countdown.arithmetic import Operation, combine
+from apr_ray.tasks.countdown.arithmetic import combine, operation_text
 from apr_ray.tasks.countdown.grammar import (
     EQUAL,
     NO_SOLUTION,
@@ -26,15 +27,18 @@ from apr_ray.tasks.countdown.grammar import (
     SUB_NO_SOLUTION,
     UNEQUAL,
     ExitSubSearch,
-    Explore,
-    Generate,
-    Move,
     Node,
     State,
     SubSearch,
+    explore_line,
+    generate_line,
+    move_line,
+    node_text,
+    numbers_text,
+    state_line,
 )
 from apr_ray.tasks.countdown.problem import CountdownProblem
-from apr_ray.tasks.countdown.spawn_join import child_prompt, join_block, spawn_block
+from apr_ray.tasks.countdown.spawn_join import join_block, spawn_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class SolverOptions:
         return rng.randint(self.beam_low, self.beam_high)
 
 
+_SCORE = itemgetter(0)
 APR_PAPER = SolverOptions()
 SOSP_PAPER = SolverOptions(beam_low=1, beam_high=5, child_beam_high=5, promising=0.5)
 
@@ -99,14 +104,31 @@ class AprTrace:
     solved: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Point:
-    """A node of the search, with the states from its thread's start down to it."""
+    """A node of the search.
+
+    Attributes:
+        name, numbers_text, operations: texts of the node, of its numbers, and of the operations that led to it.
+        generated: the two lines by which it was generated; a path that is restated has them again.
+        trail: the nodes before this one, from the start of the thread.
+    """
 
     node: Node
-    state: State
-    trail: tuple[tuple[Node, State], ...]
-    """Nodes before this one, from the start of the thread."""
+    name: str
+    numbers: tuple[int, ...]
+    numbers_text: str
+    operations: str
+    generated: tuple[str, str]
+    trail: tuple[_Point, ...]
+
+    def entered(self, target: int) -> tuple[str, str]:
+        """The two lines with which the search goes to it, or a child begins from it."""
+        return move_line(self.name), state_line(target, self.numbers_text, self.operations)
+
+
+def _root(problem: CountdownProblem) -> _Point:
+    return _Point(ROOT, node_text(ROOT), problem.numbers, numbers_text(problem.numbers), "", ("", ""), ())
 
 
 def rng_for(problem: CountdownProblem, solver_seed: int) -> random.Random:
@@ -130,9 +152,14 @@ def factors_of(target: int) -> tuple[int, ...]:
     return tuple(f for f in range(2, target + 1) if target % f == 0) or (target,)
 
 
-@lru_cache(maxsize=1_000_000)
-def _distance(value: int, target: int) -> int:
+@lru_cache(maxsize=100_000)
+def _below(value: int, target: int) -> int:
+    """Distance of a value below the target; above, it is that to the target, which is its own largest factor."""
     return factor_distance(value, factors_of(target))
+
+
+def _distance(value: int, target: int) -> int:
+    return value - target if value >= target else _below(value, target)
 
 
 def heuristic(numbers: Sequence[int], target: int) -> int:
@@ -141,10 +168,9 @@ def heuristic(numbers: Sequence[int], target: int) -> int:
 
 
 def _successors(
-    state: State, beam: int, rng: random.Random, order: str
-) -> list[tuple[int, Operation, tuple[int, ...]]]:
+    numbers: tuple[int, ...], target: int, beam: int, rng: random.Random, order: str
+) -> list[tuple[int, str, tuple[int, ...]]]:
     """The `beam` best successors as (heuristic, operation, numbers), in the order they are written in."""
-    numbers, target = state.numbers, state.target
     found = []
     distances = [_distance(n, target) for n in numbers]
     total = sum(distances)
@@ -153,27 +179,23 @@ def _successors(
             rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
             base = total - distances[i] - distances[j]
             for a, op, b, result in combine(numbers[i], numbers[j]):
-                found.append((base + _distance(result, target), a, op, b, result, rest))
+                distance = result - target if result >= target else _below(result, target)  # `_distance`, often
+                found.append((base + distance, a, op, b, result, rest))
     if order == "heuristic":
-        best = heapq.nsmallest(beam, found, key=lambda item: item[0])
+        best = sorted(found, key=_SCORE)[:beam]
         rng.shuffle(best)
     else:
-        kept = sorted(heapq.nsmallest(beam, range(len(found)), key=lambda i: found[i][0]))
-        best = [found[i] for i in kept]
-    return [(score, Operation(a, op, b, result), (*rest, result)) for score, a, op, b, result, rest in best]
+        best = [found[i] for i in sorted(sorted(range(len(found)), key=lambda i: found[i][0])[:beam])]
+    return [(score, operation_text(a, op, b, result), (*rest, result)) for score, a, op, b, result, rest in best]
 
 
-def _restated(trail: Sequence[tuple[Node, State]], last: Operation, target: int) -> str:
+def _restated(trail: Sequence[_Point], last: str, target: int) -> str:
     """The whole path again, from the first node of the trail to the equal line."""
-    lines = []
-    for position, (node, state) in enumerate(trail):
-        lines += [Move(node).text(), state.text()]
-        if position + 1 < len(trail):
-            next_node, next_state = trail[position + 1]
-            operation = next_state.operations[-1]
-            lines.append(Explore(operation, next_state.numbers).text())
-            lines.append(Generate(next_node, target, next_state.numbers, operation).text())
-    lines.append(Explore(last, (target,)).text())
+    lines = [*trail[0].entered(target)]
+    for point in trail[1:]:
+        lines += point.generated
+        lines += point.entered(target)
+    lines.append(explore_line(last, numbers_text((target,))))
     lines.append(f"{target},{target}{EQUAL}")
     return "\n".join(lines) + "\n"
 
@@ -181,8 +203,8 @@ def _restated(trail: Sequence[tuple[Node, State]], last: Operation, target: int)
 class _Search:
     """One thread's search, written line by line into `out`."""
 
-    def __init__(self, start: _Point, beam: int, rng: random.Random, order: str) -> None:
-        self.start = start
+    def __init__(self, start: _Point, target: int, beam: int, rng: random.Random, order: str) -> None:
+        self.target = target
         self.beam = beam
         self.rng = rng
         self.order = order
@@ -200,19 +222,24 @@ class _Search:
             self.pushed += 1
             heapq.heappush(self.heap, (score, self.pushed, point))
 
-    def expand(self, point: _Point) -> tuple[list[tuple[int, _Point]], Operation | None]:
+    def expand(self, point: _Point) -> tuple[list[tuple[int, _Point]], str | None]:
         """Write a node's expansion; returns the nodes generated, and the operation that reached the target, if one."""
         write = self.out.append
         generated: list[tuple[int, _Point]] = []
-        target = point.state.target
-        trail = (*point.trail, (point.node, point.state))
-        for score, operation, numbers in _successors(point.state, self.beam, self.rng, self.order):
-            write(Explore(operation, numbers).text())
+        target = self.target
+        trail = (*point.trail, point)
+        before = f"{point.operations}, " if point.operations else ""
+        for score, operation, numbers in _successors(point.numbers, target, self.beam, self.rng, self.order):
+            left = numbers_text(numbers)
+            explored = explore_line(operation, left)
+            write(explored)
             if len(numbers) > 1:
-                node = (*point.node, len(generated))
-                state = State(target, numbers, (*point.state.operations, operation))
-                write(Generate(node, target, numbers, operation).text())
-                generated.append((score, _Point(node, state, trail)))
+                number = len(generated)
+                name = f"{point.name},{number}"
+                lines = explored, generate_line(name, target, left, operation)
+                write(lines[1])
+                node = (*point.node, number)
+                generated.append((score, _Point(node, name, numbers, left, f"{before}'{operation}'", lines, trail)))
             elif numbers[0] == target:
                 write(f"{target},{target}{EQUAL}")
                 return generated, operation
@@ -223,28 +250,28 @@ class _Search:
     def searched(self, generated: Sequence[tuple[int, _Point]]) -> list[_Point]:
         """Successors in the order in which they are searched or spawned."""
         if self.order == "heuristic":
-            generated = sorted(generated, key=lambda item: item[0])
+            generated = sorted(generated, key=_SCORE)
         return [point for _, point in generated]
 
     def text(self) -> str:
-        return "".join(line + "\n" for line in self.out)
+        return "\n".join([*self.out, ""])
 
 
 def _child_search(
-    start: _Point, beam: int, rng: random.Random, order: str
-) -> tuple[str, tuple[tuple[Node, State], ...], Operation | None]:
+    start: _Point, target: int, beam: int, rng: random.Random, order: str
+) -> tuple[str, tuple[_Point, ...], str | None]:
     """A child's whole completion (without its two prompt lines), and the path and last operation of its solution."""
-    search = _Search(_Point(start.node, start.state, ()), beam, rng, order)
+    search = _Search(replace(start, trail=()), target, beam, rng, order)
     first = True
     while search.heap:
         for point in search.batches():
             if not first:
-                search.out += [Move(point.node).text(), point.state.text()]
+                search.out += point.entered(target)
             first = False
             generated, last = search.expand(point)
             if last is not None:
-                trail = (*point.trail, (point.node, point.state))
-                return search.text() + _restated(trail, last, start.state.target), trail, last
+                trail = (*point.trail, point)
+                return search.text() + _restated(trail, last, target), trail, last
             search.push(generated)
     return search.text() + NO_SOLUTION + "\n", (), None
 
@@ -268,8 +295,9 @@ def solve_apr_with(
 ) -> AprTrace:
     """`solve_apr` with beams already drawn."""
     target = problem.target
-    search = _Search(_Point(ROOT, root_state(problem), ()), beam, rng, order)
-    prompt = child_prompt(ROOT, root_state(problem))
+    root = _root(problem)
+    search = _Search(root, target, beam, rng, order)
+    prompt = "\n".join(root.entered(target))
     context = prompt + "\n"  # what the parent's next call is given; the first prompt itself ends without a newline
     segments: list[tuple[str, str]] = []
     rounds: list[tuple[tuple[str, str], ...]] = []
@@ -277,11 +305,11 @@ def solve_apr_with(
     while search.heap:
         for point in search.batches():
             if not first:
-                search.out += [Move(point.node).text(), point.state.text()]
+                search.out += point.entered(target)
             first = False
             generated, last = search.expand(point)
             if last is not None:
-                trail = (*point.trail, (point.node, point.state))
+                trail = (*point.trail, point)
                 segments.append((prompt, _after(prompt, search.text() + _restated(trail, last, target))))
                 return AprTrace(tuple(segments), tuple(rounds), True)
             if len(generated) <= 1 or rng.random() >= promising:
@@ -290,8 +318,8 @@ def solve_apr_with(
             spawned = search.searched(generated)
             nodes = [child.node for child in spawned]
             segments.append((prompt, _after(prompt, search.text() + spawn_block(nodes, 1))))
-            searched = [_child_search(child, child_beam, rng, order) for child in spawned]
-            prompts = [child_prompt(child.node, child.state) for child in spawned]
+            searched = [_child_search(child, target, child_beam, rng, order) for child in spawned]
+            prompts = ["\n".join(child.entered(target)) for child in spawned]
             rounds.append(tuple((p, "\n" + text) for p, (text, _, _) in zip(prompts, searched, strict=True)))
             results = [
                 ChildResult(JoinOutcome.NO_SOLUTION)
@@ -323,35 +351,34 @@ def solve_sosp(
     """One SoS+ demonstration as (prompt, completion, solved); its prompt is the "Current State" line alone."""
     rng = rng_for(problem, solver_seed)
     beam = options.draw_beam(rng)
-    start = _Point(ROOT, root_state(problem), ())
+    root = _root(problem)
     out: list[str] = []
-    solved = _search_sosp(start, 0, beam, options, rng, out)
-    return start.state.text(), "\n" + "".join(line + "\n" for line in out), solved
+    solved = _search_sosp(root, problem.target, 0, beam, options, rng, out)
+    return root.entered(problem.target)[1], "\n".join(["", *out, ""]), solved
 
 
 def _search_sosp(
-    start: _Point, level: int, beam: int, options: SolverOptions, rng: random.Random, out: list[str]
+    start: _Point, target: int, level: int, beam: int, options: SolverOptions, rng: random.Random, out: list[str]
 ) -> bool:
     """Write one (sub) search after its "Current State" line; a failed one ends in "No solution found."."""
-    search = _Search(start, beam, rng, options.order)
+    search = _Search(start, target, beam, rng, options.order)
     search.out = out
     first = True
     while search.heap:
         for point in search.batches():
             if not first:
-                out += [Move(point.node).text(), point.state.text()]
+                out += point.entered(target)
             first = False
             generated, last = search.expand(point)
             if last is not None:
-                trail = (*point.trail, (point.node, point.state))
-                out += _restated(trail, last, point.state.target).removesuffix("\n").split("\n")
+                out += _restated((*point.trail, point), last, target).removesuffix("\n").split("\n")
                 return True
             if not generated or rng.random() >= options.promising:
                 search.push(generated)
                 continue
             for child in search.searched(generated):
-                out += [SubSearch(level + 1, child.node).text(), child.state.text()]
-                solved = _search_sosp(child, level + 1, beam, options, rng, out)
+                out += [SubSearch(level + 1, child.node).text(), child.entered(target)[1]]
+                solved = _search_sosp(child, target, level + 1, beam, options, rng, out)
                 out.append(ExitSubSearch(level + 1).text())
                 if solved:
                     return True

@@ -70,6 +70,11 @@ PHRASES = (
 )
 
 
+_PATTERN = "|".join(re.escape(p).replace("\\\n", r"\n") for p in sorted(PHRASES, key=len, reverse=True))
+"""The longest phrase wins."""
+_PHRASE = re.compile(_PATTERN)
+
+
 class CountdownTokenizer:
     """A fast tokenizer (`backend`, of the `tokenizers` library) as a `core.task.Tokenizer`.
 
@@ -86,13 +91,20 @@ class CountdownTokenizer:
         self.tag_ids = {tag: _isolated(backend, tag) for tag in TAGS}
         self._pieces: list[str] | None = None
         vocab = backend.get_vocab()
-        if set(vocab) == {PAD, EOS, *PHRASES}:  # our own: decoding is concatenation, without the library's overhead
+        if set(vocab) == {PAD, EOS, *PHRASES}:
+            # Our own: a lookup per phrase and a concatenation, without the library's overhead, which is most of the
+            # time that demonstrations take (`apr-ray bench solver`).
+            self._ids = vocab
             self._pieces = [""] * len(vocab)
             for piece, index in vocab.items():
                 self._pieces[index] = "" if piece in (PAD, EOS) else piece
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises AprError on text outside the vocabulary."""
+        if self._pieces is not None:
+            found = _PHRASE.findall(text)
+            if sum(map(len, found)) == len(text):
+                return list(map(self._ids.__getitem__, found))
         try:
             ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the Rust library raises a bare Exception for an unknown word
@@ -145,9 +157,7 @@ def build_tokenizer() -> CountdownTokenizer:
 
     vocab = {token: index for index, token in enumerate((PAD, EOS, *PHRASES))}
     backend = Backend(models.WordLevel(vocab, unk_token="<|unknown|>"))  # not in the vocabulary: unknown text raises
-    longest_first = sorted(PHRASES, key=len, reverse=True)
-    pattern = "|".join(re.escape(phrase).replace("\\\n", r"\n") for phrase in longest_first)
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([PAD, EOS])
     return CountdownTokenizer(backend, EOS, PAD)
