@@ -18,7 +18,7 @@ def configuration() -> str:
         "# Configuration",
         "",
         "Every key, with its default. YAML files are given with `-c`, single keys as `a.b=c`; `apr-ray config show`",
-        "prints the whole tree as it will be used. This page is generated from `apr_ray/config.py`.",
+        "prints the whole tree as it will be used. This page is generated from `apr_ray/config/settings.py`.",
     ]
 
     def section(defaults: BaseModel, path: str) -> None:

@@ -1,20 +1,10 @@
-"""The one typed configuration: YAML files, `a.b=c` overrides, and errors that name the key.
-
-Every default stands here and nowhere else. `apr-ray config show` prints the whole tree.
-"""
+"""The settings as typed sections. Every default stands here and nowhere else; `apr-ray config show` prints them all."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-
-from apr_ray.core.errors import ConfigError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -554,118 +544,3 @@ class Config(Section):
                 f" learner.gpus_per_rank {learner.gpus_per_rank:g}, rollout.gpus_per_worker {rollout.gpus_per_worker:g}"
             )
         return self
-
-
-def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
-    """Later files override earlier ones, `a.b=c` overrides override files.
-
-    Raises:
-        ConfigError: a file that cannot be read, an unknown key (with the nearest known one), a bad value.
-    """
-    tree = Config().model_dump(mode="json")  # so that `a.b=c` keeps the other defaults of `a`
-    for file in files:
-        path = Path(file)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read config {path}: {error.strerror}", "Check the path") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}", "Fix the file") from error
-        if data is not None and not isinstance(data, dict):
-            raise ConfigError(f"{path} holds a {type(data).__name__}", "A config is a mapping of sections")
-        tree = _merge(tree, data or {})
-    for override in overrides:
-        tree = _merge(tree, _override(override))
-    return parse_config(tree)
-
-
-def parse_config(tree: Mapping[str, Any]) -> Config:
-    """A plain mapping as a Config. Raises ConfigError naming key, value and remedy."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error, Config) from None
-
-
-def parse_options(kind: Any, options: Mapping[str, Any], prefix: str) -> Any:
-    """A mapping as a task's own options dataclass; errors name the key under `prefix`."""
-    try:
-        _forbid_unknown(kind, options, prefix)
-        return TypeAdapter(kind).validate_python(dict(options))
-    except ValidationError as error:
-        raise _explain(error, kind, prefix) from None
-
-
-def to_yaml(config: Config) -> str:
-    """The whole tree as YAML that `load_config` reads back to an equal Config."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    return text
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """`a.b: 1 -> 2` for every leaf that differs."""
-
-    def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        return {k: v for key, sub in tree.items() for k, v in leaves(sub, f"{prefix}.{key}".lstrip(".")).items()}
-
-    a, b = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-
-
-def _override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not all(part.isidentifier() for part in key.split(".")):
-        raise ConfigError(f"override {text!r} is not of the form a.b=value", "Write e.g. grpo.steps=20")
-    try:
-        tree: Any = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML", "Quote it") from error
-    if isinstance(tree, str):
-        with contextlib.suppress(ValueError):
-            tree = float(tree)  # YAML reads 1e-3 as text
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    assert isinstance(tree, dict)
-    return tree
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        known = out.get(key)
-        out[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
-    return out
-
-
-def _forbid_unknown(kind: Any, options: Mapping[str, Any], prefix: str) -> None:
-    """Dataclasses accept no extra="forbid" of their own; nested ones are walked by their defaults."""
-    import dataclasses
-    import typing
-
-    hints = typing.get_type_hints(kind)
-    for key, value in options.items():
-        if key not in hints:
-            raise _unknown_key(f"{prefix}.{key}", key, list(hints))
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _forbid_unknown(hints[key], value, f"{prefix}.{key}")
-
-
-def _unknown_key(path: str, key: str, known: Sequence[str]) -> ConfigError:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(sorted(known))}"
-    return ConfigError(f"unknown config key {path!r}", hint)
-
-
-def _explain(error: ValidationError, kind: Any, prefix: str = "") -> ConfigError:
-    first = error.errors()[0]
-    path = ".".join(str(p) for p in (prefix, *first["loc"]) if p != "")
-    if first["type"] == "extra_forbidden":
-        section = kind
-        for part in first["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
-        return _unknown_key(path, str(first["loc"][-1]), list(section.model_fields))
-    message = first["msg"].removeprefix("Value error, ")
-    seen = "" if isinstance(first["input"], dict | Section) else f" (got {first['input']!r})"
-    return ConfigError(f"config {path or 'as a whole'}: {message}{seen}", "Run apr-ray config show for every key")

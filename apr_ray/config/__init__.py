@@ -1,0 +1,43 @@
+"""The one typed configuration: its settings, and how files and overrides become one."""
+
+from apr_ray.config.loading import differences, load_config, parse_config, parse_options, to_yaml
+from apr_ray.config.settings import (
+    BoundsConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    EvalConfig,
+    GrpoConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PlacementConfig,
+    RolloutConfig,
+    Section,
+    SftConfig,
+    TaskConfig,
+    WeightsConfig,
+)
+
+__all__ = [
+    "BoundsConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "GrpoConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PlacementConfig",
+    "RolloutConfig",
+    "Section",
+    "SftConfig",
+    "TaskConfig",
+    "WeightsConfig",
+    "differences",
+    "load_config",
+    "parse_config",
+    "parse_options",
+    "to_yaml",
+]
