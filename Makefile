@@ -68,7 +68,7 @@ bench: venv
 
 # The same with SGLang on this CPU. CHECKPOINT is a trained policy of the quickstart: runs/NAME/sft/final.
 bench-sglang: export SGLANG_USE_CPU_ENGINE := 1
-bench-sglang: export PYTHONPATH := $(CURDIR)/tests/sglang_cpu:$(CURDIR)/$(SGLANG)
+bench-sglang: export PYTHONPATH := $(CURDIR)/tests/sglang_cpu
 bench-sglang: sglang
 	$(BIN)/apr-ray bench sync --engine sglang --json
 	$(BIN)/apr-ray bench rollout --engine sglang --checkpoint $(CHECKPOINT) --json

@@ -284,13 +284,26 @@ def bench(
         Optional[str], typer.Option(help="For rollout --engine: a trained policy of the quickstart's task.")
     ] = None,
     sizes: Annotated[Optional[str], typer.Option(help="For sync: of 4mb,50mb,900mb.")] = None,
+    trees: Annotated[
+        Optional[int], typer.Option(min=2, help="For engine, learner and rollout: how many recorded trees.")
+    ] = None,
+    repeats: Annotated[
+        Optional[int], typer.Option(min=1, help="Turns of each side, where there are sides; their median counts.")
+    ] = None,
 ) -> None:
     """Measure one part against a baseline, side by side, in one run."""
     import json
 
     from apr_ray.bench import run_bench
 
-    result = run_bench(name, engine, checkpoint, sizes.split(",") if sizes else ())
+    result = run_bench(
+        name,
+        engine=engine,
+        checkpoint=checkpoint,
+        sizes=tuple(sizes.split(",")) if sizes else (),
+        trees=trees,
+        repeats=repeats,
+    )
     _table(
         f"bench {name}",
         ("measure", "value"),

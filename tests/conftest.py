@@ -111,9 +111,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def allow_sglang_on_a_cpu() -> None:
     """Let this process and all it starts import SGLang without its CUDA kernels; see `tests/sglang_cpu/`."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    folders = [str(SGLANG_CPU), str(Path(sys.prefix) / "sglang-cpu")]  # the second is made by `make sglang`
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*folders, os.environ.get("PYTHONPATH"))))
-    sys.path += folders
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SGLANG_CPU), os.environ.get("PYTHONPATH"))))
+    sys.path.append(str(SGLANG_CPU))
     spec = importlib.util.spec_from_file_location("sglang_cpu_hook", SGLANG_CPU / "sitecustomize.py")
     assert spec is not None
     assert spec.loader is not None

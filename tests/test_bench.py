@@ -18,6 +18,8 @@ def numbers(result: Result, *names: str) -> list[float]:
 def test_an_unknown_bench_is_refused() -> None:
     with pytest.raises(AprError, match=", ".join(BENCHES)):
         run_bench("nope")
+    with pytest.raises(AprError, match=r"bench oracle has no --trees\. It takes --repeats"):
+        run_bench("oracle", trees=4, sizes=())
 
 
 def test_engine_loop_and_generate_agree_on_every_token() -> None:
@@ -109,7 +111,7 @@ def test_pool_and_engine_alone_decode_the_same_tokens(ray_local: None) -> None:
 def test_a_step_is_broken_down_whole(ray_local: None) -> None:
     from apr_ray.bench.step import PHASES, run
 
-    result = run(problems=2, group_size=2, steps=1)
+    result = run(problems=2, group_size=2, steps=1, overrides=("learner.ranks=1", "rollout.workers=1"))
     numbers(result, "step_s", "tokens", "rollout_tokens_per_s")
     shares = [float(result[f"{name}_share"]) for name in (*PHASES, "rest")]
     assert sum(shares) == pytest.approx(1)

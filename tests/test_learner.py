@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import queue
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from apr_ray.config import Config, LearnerConfig, ModelConfig, OptimizerConfig
+from apr_ray.config import LearnerConfig, ModelConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.device import init_process_group, multiplies_bf16
-from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, merge
 from apr_ray.model.llama import load_policy, new_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
@@ -116,7 +117,7 @@ def shuffle(batch: TrainBatch) -> TrainBatch:
 
 
 def learn(case: Case, rank: int, world: int, folder: Path) -> Learned:
-    """One rank: a supervised step, GRPO steps, save; then a step, load, and the same step again."""
+    """A job of one rank: a supervised step, GRPO steps, save; then a step, load, and the same step again."""
     config = LearnerConfig(
         zero_stage=case.zero,  # type: ignore[arg-type]
         micro_batch_tokens=case.budget,
@@ -180,35 +181,44 @@ def learn(case: Case, rank: int, world: int, folder: Path) -> Learned:
     return Learned(stats, forwards, after, again, off, saved_off)
 
 
-def learn_all(rank: int, world: int, port: int, cases: Sequence[Case], results: Any, folder: str) -> None:
-    """Every case in one process group: starting one takes longer than all its steps."""
+Job = Callable[[int, int, Path], Any]
+"""What a rank does and comes to, given its number, that of all, and a folder."""
+
+
+def work(rank: int, world: int, port: int, jobs: Sequence[Job], results: Any, folder: str) -> None:
+    """Every job in one process group: starting one takes longer than all their steps."""
     torch.set_num_threads(1)
     init_process_group(rank, world, "127.0.0.1", port)
-    for number, case in enumerate(cases):
-        results.put((number, rank, learn(case, rank, world, Path(folder) / str(number))))
+    for number, job in enumerate(jobs):
+        results.put((number, rank, job(rank, world, Path(folder) / str(number))))
 
 
 def version() -> Any:
     return WeightVersion(0, 1)
 
 
-def run_group(world: int, cases: Sequence[Case], folder: Path) -> dict[Case, list[Learned]]:
-    """What each rank came to, by case."""
+def run_group(world: int, jobs: Sequence[Job], folder: Path) -> list[list[Any]]:
+    """What each rank came to, by job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [
-        context.Process(target=learn_all, args=(rank, world, port, cases, results, str(folder)))
-        for rank in range(world)
+        context.Process(target=work, args=(rank, world, port, jobs, results, str(folder))) for rank in range(world)
     ]
     for process in processes:
         process.start()
-    found = sorted((results.get(timeout=900) for _ in range(world * len(cases))), key=lambda r: r[:2])
+    found: list[tuple[int, int, Any]] = []
+    while len(found) < world * len(jobs):
+        try:
+            found.append(results.get(timeout=1))
+        except queue.Empty:
+            assert not any(process.exitcode for process in processes), "a rank failed; its traceback is above"
     for process in processes:
         process.join()
-    return {case: [f[2] for f in found if f[0] == number] for number, case in enumerate(cases)}
+    found.sort(key=lambda r: r[:2])
+    return [[f[2] for f in found if f[0] == number] for number in range(len(jobs))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +321,8 @@ def reference() -> Reference:
     return found
 
 
-def check(found: dict[Case, list[Learned]], reference: Reference) -> None:
-    for case, ranks in found.items():
+def check(cases: Sequence[Case], found: Sequence[list[Learned]], reference: Reference) -> None:
+    for case, ranks in zip(cases, found, strict=True):
         weights, again = ranks[0].weights, ranks[0].again
         for other in ranks[1:]:
             np.testing.assert_array_equal(other.weights, weights, err_msg=f"{case}: ranks differ")
@@ -337,27 +347,47 @@ def check(found: dict[Case, list[Learned]], reference: Reference) -> None:
         assert ranks[0].saved_off == 0.0
 
 
+CASES = [Case(0, 200, True), Case(1, 4096), Case(2, 90), Case(3, 200, True)]
+ASLEEP_BETWEEN_STEPS = [Case(zero, 4096, sleeps=True) for zero in range(4)]
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What a group of one rank came to."""
+
+    cases: list[list[Learned]]
+    asleep_between_steps: list[list[Learned]]
+    in_bf16: list[tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    jobs = [*(partial(learn, case) for case in (*CASES, *ASLEEP_BETWEEN_STEPS)), steps_in_bf16]
+    found = run_group(1, jobs, tmp_path_factory.mktemp("alone"))
+    return Alone(found[: len(CASES)], found[len(CASES) : -1], found[-1][0])
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_weights_depend_on_neither_ranks_nor_micro_batches_nor_order_nor_zero(
-    world: int, reference: Reference, tmp_path: Path
-) -> None:
+def test_the_weights_depend_on_neither_micro_batches_nor_order_nor_zero(alone: Alone, reference: Reference) -> None:
     """Contract 3: after supervised and GRPO steps the weights are those of plain torch, one sequence at a time. Calls
-    of one tree lie in several micro-batches and ranks; importance weights of trees are the same all the same."""
-    cases = [Case(0, 200, True), Case(1, 4096), Case(2, 90), Case(3, 200, True)]
-    check(run_group(world, cases, tmp_path), reference)
+    of one tree lie in several micro-batches; importance weights of trees are the same all the same."""
+    check(CASES, alone.cases, reference)
 
 
-def test_learners_that_sleep_between_their_steps_learn_the_same(reference: Reference, tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)
+def test_the_weights_do_not_depend_on_the_number_of_ranks(reference: Reference, tmp_path: Path) -> None:
+    """Contract 3 where calls of one tree lie in several ranks."""
+    check(CASES, run_group(2, [partial(learn, case) for case in CASES], tmp_path), reference)
+
+
+def test_learners_that_sleep_between_their_steps_learn_the_same(alone: Alone, reference: Reference) -> None:
     """At every ZeRO stage; saved and read while they sleep. On a CPU nothing moves, but DeepSpeed goes the same way."""
-    check(run_group(1, [Case(zero, 4096, sleeps=True) for zero in range(4)], tmp_path), reference)
+    check(ASLEEP_BETWEEN_STEPS, alone.asleep_between_steps, reference)
 
 
-def steps_in_bf16(port: int, results: Any) -> None:
-    """At each ZeRO stage, a GRPO step's entropy and a supervised step's loss, in float32 and in bfloat16."""
-    torch.set_num_threads(1)
-    init_process_group(0, 1, "127.0.0.1", port)
-    batch, asked = batches()[0], torch.is_autocast_enabled
+def steps_in_bf16(rank: int, world: int, folder: Path) -> list[tuple[Any, ...]]:
+    """A job: at each ZeRO stage, a GRPO step's entropy and a supervised step's loss, in float32 and in bfloat16."""
+    batch, asked, found = batches()[0], torch.is_autocast_enabled, []
     for zero in range(4):
         learner = LearnerConfig(zero_stage=zero, zero3_whole_parameters=100)  # type: ignore[arg-type]
         trainer = Trainer(new_policy(MODEL, build_tokenizer(), 0), learner, OptimizerConfig(learning_rate=RATE))
@@ -369,20 +399,11 @@ def steps_in_bf16(port: int, results: Any) -> None:
             (grpo,) = trainer.grpo_step(batch, replace(step, bf16=True), 0.0)
             rough = grpo.entropy, trainer.sft_step(batch, 0.0, bf16=True).loss
         assert abs(grpo.kl) < 1e-6, "the reference was not computed as the policy was"
-        results.put((zero, exact, rough))
+        found.append((zero, exact, rough))
+    return found
 
 
-def test_a_step_in_bfloat16_is_one_inside_deepspeed() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=steps_in_bf16, args=(port, results))
-    process.start()
-    found = [results.get(timeout=120) for _ in range(4)]
-    process.join()
-    assert process.exitcode == 0
+def test_a_step_in_bfloat16_is_one_inside_deepspeed(alone: Alone) -> None:
     policy: Any = new_policy(MODEL, build_tokenizer(), 0)
     batch, entropy, loss = batches()[0], 0.0, 0.0
     for a, b in pairwise(batch.offsets):
@@ -391,7 +412,7 @@ def test_a_step_in_bfloat16_is_one_inside_deepspeed() -> None:
             logits = policy(tokens).logits
         entropy += float((weights * token_entropy(logits)).sum())
         loss -= float((weights * token_logprobs(logits, tokens)).sum())
-    for zero, exact, rough in found:
+    for zero, exact, rough in alone.in_bf16:
         assert rough[0] != exact[0], f"ZeRO stage {zero}: computed in float32"
         assert rough[1] != exact[1], f"ZeRO stage {zero}: computed in float32"
         assert rough == pytest.approx((entropy, loss), rel=1e-4), f"ZeRO stage {zero}"
@@ -402,32 +423,7 @@ def test_a_step_in_bfloat16_is_one_inside_deepspeed() -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_contract_3_on_the_whole_grid(world: int, reference: Reference, tmp_path: Path) -> None:
     cases = [Case(*c) for c in product((0, 1, 2, 3), (1, 90, 200, 700, 4096), (False, True))]
-    check(run_group(world, cases, tmp_path), reference)
-
-
-def test_the_group_reads_shared_parameters_through_every_rank(
-    ray_local: None, small_config: Config, checkpoint: Path, tmp_path: Path
-) -> None:
-    """ZeRO stage 3 on Ray actors: weights, logprobs and the saved policy are the checkpoint's."""
-    import ray
-
-    learner = LearnerConfig(ranks=2, zero_stage=3, zero3_whole_parameters=100)
-    config = small_config.model_copy(update={"learner": learner})
-    group = LearnerGroup.start(config, OptimizerConfig(learning_rate=RATE), str(checkpoint))
-    policy = load_policy(checkpoint)
-    expected = pack_weights(trainable_parameters(policy), version())
-    sent = ray.get(group.weights(version()))
-    assert sent.specs == expected.specs
-    np.testing.assert_array_equal(sent.flat, expected.flat)
-    ids = [5, 6, 7, 8]
-    with torch.no_grad():
-        ours = token_logprobs(policy(torch.tensor([ids])).logits, torch.tensor([ids]))[0]
-    np.testing.assert_allclose(group.logprobs([ids], 1.0)[0], ours.numpy(), atol=1e-5)
-    group.save(tmp_path)
-    saved = pack_weights(trainable_parameters(load_policy(tmp_path / "policy")), version())
-    np.testing.assert_array_equal(saved.flat, expected.flat)
-    group.load(tmp_path)
-    group.stop()
+    check(cases, run_group(world, [partial(learn, case) for case in cases], tmp_path), reference)
 
 
 def test_a_processor_says_whether_it_multiplies_bfloat16() -> None:

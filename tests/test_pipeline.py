@@ -163,16 +163,14 @@ def test_the_report_shows_before_and_after(finished: RunDir) -> None:
         assert (finished.path / picture).stat().st_size > 5000
 
 
-def test_a_killed_grpo_run_goes_on_from_its_checkpoint(finished: RunDir, small_config: Config, tmp_path: Path) -> None:
+def test_a_killed_grpo_run_goes_on_from_its_checkpoint(finished: RunDir, single_config: Config, tmp_path: Path) -> None:
     """Two steps, then a resume to three: the metrics of an unbroken run, within float rounding; a new incarnation."""
     policy = finished.path / "sft" / "final"
-    one_worker = small_config.rollout.model_copy(update={"workers": 1})
-    small_config = small_config.model_copy(update={"rollout": one_worker})
-    grpo = small_config.grpo.model_copy(update={"steps": 2})
-    short = with_run(small_config.model_copy(update={"grpo": grpo}), tmp_path, "r")
+    grpo = single_config.grpo.model_copy(update={"steps": 2})
+    short = with_run(single_config.model_copy(update={"grpo": grpo}), tmp_path, "r")
     run = RunDir.create(short, "train")
     train_grpo(short, run, policy, QUIET)
-    long = with_run(small_config, tmp_path, "r")
+    long = with_run(single_config, tmp_path, "r")
     train_grpo(long, RunDir(run.path, long), policy, QUIET)
     rows = [r for r in run.metrics() if "rollout/reward" in r]
     unbroken = [r for r in RunDir(finished.path / "grpo", finished.config).metrics() if "rollout/reward" in r]
@@ -272,7 +270,7 @@ def test_a_refused_update_reaches_the_driver_and_changes_nothing(
 
 
 def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_else(
-    finished: RunDir, small_config: Config, tmp_path: Path
+    finished: RunDir, small_config: Config, single_config: Config, tmp_path: Path
 ) -> None:
     """Overlap, with what else it meets: a collective sync, weights in flight, lanes over both engines."""
     grpo = small_config.grpo.model_copy(
@@ -280,7 +278,8 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
     )
     weights = small_config.weights.model_copy(update={"transport": "collective", "mode": "in_flight"})
     rollout = small_config.rollout.model_copy(update={"fan_out": "spread"})
-    changed = small_config.model_copy(update={"grpo": grpo, "weights": weights, "rollout": rollout})
+    sections = {"grpo": grpo, "weights": weights, "rollout": rollout, "learner": single_config.learner}
+    changed = small_config.model_copy(update=sections)
     config = with_run(changed, tmp_path, "ahead")
     run = RunDir.create(config, "train")
     train_grpo(config, run, finished.path / "sft" / "final", QUIET)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from idle_parts import IdleRank, IdleWorker
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from apr_ray import placement
@@ -64,6 +65,13 @@ def idle_ray(ray_local: None) -> Iterator[None]:
     until(is_idle)
 
 
+@pytest.fixture
+def idle_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts start, and do nothing."""
+    monkeypatch.setattr("apr_ray.learner.group.LearnerActor", IdleRank)
+    monkeypatch.setattr("apr_ray.rollout.pool.RolloutWorker", IdleWorker)
+
+
 # --- room -------------------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +104,7 @@ def test_a_worker_without_room_is_one_group_that_waits_by_name_and_the_others_be
     pool.stop()
 
 
+@pytest.mark.usefixtures("idle_parts")
 def test_a_start_waits_for_all_by_default(
     small_config: Config, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,6 +162,7 @@ def test_fewer_workers_need_less_room(small_config: Config) -> None:
     require_room([Need("share", 40, 0.1)], small_config)  # 40 times 0.1 is not 4 in binary
 
 
+@pytest.mark.usefixtures("idle_parts")
 def test_groups_are_gone_after_a_stop_and_after_a_failed_start(
     single_config: Config, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +246,7 @@ def own_gpus() -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("idle_parts")
 def test_colocated_the_learners_group_is_all_there_is(small_config: Config, checkpoint: Path) -> None:
     colocated = changed(small_config, placement={"mode": "colocated"})
     learners = LearnerGroup.start(colocated, OPTIMIZER, str(checkpoint))

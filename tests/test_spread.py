@@ -66,8 +66,6 @@ def test_a_child_whose_worker_dies_goes_on_where_its_parent_is(
 
     config = spread(small_config, "spread", 2)
     pool = RolloutPool.start(config, str(checkpoint))
-    while len(pool.membership().workers) < 2:
-        pass
     victim = ray.get(pool.workers[1].__ray_call__.remote(lambda _: os.getpid()))
 
     async def collect(kill: bool) -> list[Chunk]:
@@ -97,8 +95,6 @@ def test_an_abandoned_request_is_aborted_where_it_runs(ray_local: None, small_co
     from apr_ray.core.engine import GenerateRequest, SamplingParams
 
     pool = RolloutPool.start(spread(small_config, "spread", 2), str(checkpoint))
-    while len(pool.membership().workers) < 2:
-        pass
 
     async def main() -> None:
         lanes = SpreadEngine(ScriptedEngine(lambda asked: Reply((1,))), 0, pool.workers)

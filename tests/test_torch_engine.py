@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.engines.torch_engine import TorchEngine
-from apr_ray.engines.torch_engine import engine as engine_module
-from apr_ray.engines.torch_engine.sampler import sample, uniforms
+from apr_ray.engines.torch_engine import rows as rows_module
+from apr_ray.engines.torch_engine.sampler import RowSampling, sample, uniforms
 from apr_ray.model.llama import load_policy, load_weights
 from apr_ray.model.state import trainable_parameters
 
@@ -86,13 +86,14 @@ class CheckedEngine(TorchEngine):
 
     cohorts_seen = 0
 
-    def _forward(self) -> torch.Tensor:
-        n = len(self.active)
-        cohorts, lengths = self.cohorts[:n], self.lengths[:n]
+    def _forward(self) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
+        rows, n = self.rows, len(self.rows.active)
+        cohorts, lengths = rows.cohorts[:n], rows.lengths[:n]
         assert (np.diff(cohorts) <= 0).all()
-        assert [running.row for running in self.active] == list(range(n))
+        assert [running.row for running in rows.active] == list(range(n))
+        assert (rows.sampling.seed[:n] == [running.request.sampling.seed for running in rows.active]).all()
         for cohort in np.unique(cohorts):
-            assert np.ptp(lengths[cohorts == cohort]) < self.cohort_tokens
+            assert np.ptp(lengths[cohorts == cohort]) < rows.cohort_tokens
         self.cohorts_seen = max(self.cohorts_seen, len(np.unique(cohorts)))
         return super()._forward()
 
@@ -103,7 +104,7 @@ def test_tokens_and_logprobs_equal_transformers_over_batch_mixes(
     checkpoint: Path, policy: Any, data: st.DataObject
 ) -> None:
     """Contract 2: more requests than rows, ragged lengths, shared prefixes, temperatures side by side."""
-    with patch.object(engine_module, "COHORT_TOKENS", {"cpu": data.draw(st.sampled_from([1, 5, 1000]))}):
+    with patch.object(rows_module, "COHORT_TOKENS", {"cpu": data.draw(st.sampled_from([1, 5, 1000]))}):
         check_a_batch_mix(checkpoint, policy, data)
 
 
@@ -260,10 +261,10 @@ def test_deterministic_mode_refuses_a_machine_whose_rows_differ(
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]]).repeat(20_000, 1)
     draws = uniforms(np.arange(20_000, dtype=np.uint64), np.full(20_000, 7, dtype=np.uint64))
-    tokens, logprobs = sample(logits, [SamplingParams(0.5)] * 20_000, draws)
+    tokens, logprobs = sample(logits, RowSampling.of([SamplingParams(0.5)] * 20_000), draws)
     expected = torch.softmax(logits[0] / 0.5, -1).numpy()
     np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 20_000, expected, atol=0.012)
-    np.testing.assert_allclose(np.exp(logprobs[:50]), expected[tokens[:50]], atol=1e-6)
+    np.testing.assert_allclose(logprobs[:50].exp(), np.tile(expected, (50, 1)), atol=1e-6)
 
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens() -> None:
@@ -274,10 +275,9 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens() -> None:
         (SamplingParams(top_p=0.7), {0, 1}),
         (SamplingParams(top_p=0.6), {0}),
     ):
-        tokens, logprobs = sample(logits, [params] * 4000, draws)
-        assert set(tokens) == kept
-        whole = torch.log_softmax(logits[0], -1)
-        assert logprobs[0] == pytest.approx(float(whole[tokens[0]]), abs=1e-6)
+        tokens, logprobs = sample(logits, RowSampling.of([params] * 4000), draws)
+        assert set(tokens.tolist()) == kept
+        torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1))
 
 
 def test_uniforms_are_uniform_and_independent_of_company() -> None:
@@ -304,7 +304,7 @@ def test_an_engine_sleeps_once_what_was_aborted_is_gone_and_not_while_a_request_
         await left.aclose()  # type: ignore[attr-defined]
         await engine.abort("a")
         await engine.sleep()
-        assert not engine.active
+        assert not engine.rows.active
         assert (await running)[-1].finish is FinishReason.ABORTED
 
     asyncio.run(main())

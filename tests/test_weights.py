@@ -35,6 +35,7 @@ from apr_ray.model.state import (
     pack_weights,
     trainable_parameters,
 )
+from apr_ray.rl.losses import token_logprobs
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.worker import _Trees
 from apr_ray.tasks.countdown.task import CountdownTask
@@ -66,8 +67,9 @@ def learners(ray_local: None, small_config: Config, checkpoint: Path) -> Iterato
 
 @pytest.fixture(scope="module")
 def pool(ray_local: None, small_config: Config, checkpoint: Path) -> Iterator[RolloutPool]:
-    started = RolloutPool.start(small_config, str(checkpoint))
-    wait_until_ready(started, 2)
+    """Two workers, replaced when they die: one pool for all tests, which go on from the version that they find."""
+    rollout = small_config.rollout.model_copy(update={"max_restarts": 100})
+    started = RolloutPool.start(small_config.model_copy(update={"rollout": rollout}), str(checkpoint))
     yield started
     started.stop()
 
@@ -86,16 +88,26 @@ def engine_weights(pool: RolloutPool) -> list[tuple[str, int]]:
     return list(ray.get([worker.__ray_call__.remote(read) for worker in pool.workers]))
 
 
+def versions(pool: RolloutPool) -> set[str]:
+    """That the workers' engines run."""
+    return {version for version, _ in engine_weights(pool)}
+
+
+def following(pool: RolloutPool) -> WeightVersion:
+    """A version that no engine runs yet."""
+    return max(WeightVersion.parse(version) for version in versions(pool)).next()
+
+
 def test_every_transport_brings_the_same_weights(
     learners: LearnerGroup, pool: RolloutPool, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Two versions by each, to two workers, from learners at ZeRO stage 3; checked by logprobs after each."""
-    version, held = WeightVersion(0, 0), set()
+    held = set()
     for name in TRANSPORTS:
         config = weights_config(name, tmp_path)
         transport = build_transport(config)
         for _ in range(2):
-            version = version.next()
+            version = following(pool)
             report = transport.broadcast(learners, pool, version)
             assert report.version == version
             assert report.weight_bytes == 4 * learners.parameters
@@ -109,14 +121,12 @@ def test_every_transport_brings_the_same_weights(
 
 def test_a_group_has_one_worker_of_each_node(learners: LearnerGroup, pool: RolloutPool, tmp_path: Path) -> None:
     """The workers of this node share memory. Where one says that it is elsewhere, the broadcast reaches it too."""
-
-    version = max(WeightVersion.parse(v) for v, _ in engine_weights(pool))
     here = ray.get(pool.workers[0].node.remote())
     for node, groups in (("another", 2), (here, 1)):
         ray.get(pool.workers[1].__ray_call__.remote(lambda worker, node=node: setattr(worker, "node_id", node)))
         transport = CollectiveTransport(weights_config("collective", tmp_path))
         for _ in range(2):
-            version = version.next()
+            version = following(pool)
             transport.broadcast(learners, pool, version)
             (ours, held), (theirs, theirs_held) = engine_weights(pool)
             assert ours == theirs == str(version)
@@ -132,17 +142,26 @@ def test_a_stale_version_is_refused_by_its_name(learners: LearnerGroup, pool: Ro
     transport.close()
 
 
+def test_the_group_reads_shared_parameters_through_every_rank(
+    learners: LearnerGroup, checkpoint: Path, tmp_path: Path
+) -> None:
+    """At ZeRO stage 3, weights, logprobs and the saved policy are the checkpoint's."""
+    policy = load_policy(checkpoint)
+    expected = pack_weights(trainable_parameters(policy), FIRST)
+    sent = ray.get(learners.weights(FIRST))
+    assert sent.specs == expected.specs
+    np.testing.assert_array_equal(sent.flat, expected.flat)
+    ids = [5, 6, 7, 8]
+    with torch.no_grad():
+        ours = token_logprobs(policy(torch.tensor([ids])).logits, torch.tensor([ids]))[0]
+    np.testing.assert_allclose(learners.logprobs([ids], 1.0)[0], ours.numpy(), atol=1e-5)
+    learners.save(tmp_path)
+    saved = pack_weights(trainable_parameters(load_policy(tmp_path / "policy")), FIRST)
+    np.testing.assert_array_equal(saved.flat, expected.flat)
+    learners.load(tmp_path)
+
+
 # --- lost parts -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_workers(ray_local: None, small_config: Config, checkpoint: Path) -> Iterator[RolloutPool]:
-    """A pool that may replace one worker."""
-    rollout = small_config.rollout.model_copy(update={"max_restarts": 1})
-    started = RolloutPool.start(small_config.model_copy(update={"rollout": rollout}), str(checkpoint))
-    wait_until_ready(started, 2)
-    yield started
-    started.stop()
 
 
 def wait_until_ready(pool: RolloutPool, workers: int) -> None:
@@ -159,64 +178,70 @@ def pid_of(actor: Any) -> int:
 
 @pytest.mark.parametrize("name", TRANSPORTS)
 def test_a_worker_that_dies_is_replaced_and_its_successor_gets_the_version(
-    name: str, learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
+    name: str, learners: LearnerGroup, pool: RolloutPool, tmp_path: Path
 ) -> None:
     """The sync goes on with those that are left; who joins late takes the current version before anything else."""
     transport = build_transport(weights_config(name, tmp_path, timeout_s=6.0))
-    transport.broadcast(learners, two_workers, FIRST)
-    os.kill(pid_of(two_workers.workers[1]), signal.SIGKILL)
-    transport.broadcast(learners, two_workers, FIRST.next())
-    wait_until_ready(two_workers, 2)
-    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST.next())] * 2
-    assert two_workers.restarts == 1
-    transport.broadcast(learners, two_workers, FIRST.next().next())
-    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST.next().next())] * 2
+    version, restarts = following(pool), pool.restarts
+    transport.broadcast(learners, pool, version)
+    os.kill(pid_of(pool.workers[1]), signal.SIGKILL)
+    transport.broadcast(learners, pool, version.next())
+    wait_until_ready(pool, 2)
+    assert versions(pool) == {str(version.next())}
+    assert pool.restarts == restarts + 1
+    transport.broadcast(learners, pool, version.next().next())
+    assert versions(pool) == {str(version.next().next())}
     transport.close()
 
 
 def test_without_a_successor_the_sync_fails_and_the_others_keep_their_version(
-    learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
+    learners: LearnerGroup, single_config: Config, checkpoint: Path, pool: RolloutPool, tmp_path: Path
 ) -> None:
     """No engine applies a version that has not reached everyone. The learners can send again at once."""
-    two_workers.max_restarts = 0
     transport = build_transport(weights_config("collective", tmp_path, timeout_s=6.0))
-    transport.broadcast(learners, two_workers, FIRST)
-    os.kill(pid_of(two_workers.workers[1]), signal.SIGKILL)
+    alone = RolloutPool.start(single_config, str(checkpoint))
+    both = RolloutPool([pool.workers[0], *alone.workers], 4)
+    version = following(both)
+    transport.broadcast(learners, both, version)
+    os.kill(pid_of(both.workers[1]), signal.SIGKILL)
     with pytest.raises(PartDied, match="rollout worker worker-01"):
-        transport.broadcast(learners, two_workers, FIRST.next())
-    left = RolloutPool(two_workers.workers[:1], 4)
-    assert [v for v, _ in engine_weights(left)] == [str(FIRST)]
-    transport.broadcast(learners, left, FIRST.next())
-    assert [v for v, _ in engine_weights(left)] == [str(FIRST.next())]
+        transport.broadcast(learners, both, version.next())
+    left = RolloutPool([pool.workers[0]], 4)
+    assert versions(left) == {str(version)}
+    transport.broadcast(learners, left, version.next())
+    assert versions(left) == {str(version.next())}
     transport.close()
-
-
-def test_a_worker_that_hangs_is_named_in_bounded_time(
-    learners: LearnerGroup, two_workers: RolloutPool, tmp_path: Path
-) -> None:
-    transport = build_transport(weights_config("collective", tmp_path, timeout_s=4.0))
-    transport.broadcast(learners, two_workers, FIRST)
-    hung = pid_of(two_workers.workers[0])
-    os.kill(hung, signal.SIGSTOP)
-    try:
-        with pytest.raises(SyncFailed, match="worker-00 did not answer within"):
-            transport.broadcast(learners, two_workers, FIRST.next())
-    finally:
-        os.kill(hung, signal.SIGCONT)
-    transport.close()
+    alone.stop()
 
 
 def test_a_learner_rank_that_dies_does_not_hang_the_workers(
-    small_config: Config, two_workers: RolloutPool, checkpoint: Path, tmp_path: Path
+    single_config: Config, pool: RolloutPool, checkpoint: Path, tmp_path: Path
 ) -> None:
-    group = LearnerGroup.start(small_config, OptimizerConfig(learning_rate=1e-3), str(checkpoint))
+    group = LearnerGroup.start(single_config, OptimizerConfig(learning_rate=1e-3), str(checkpoint))
     transport = build_transport(weights_config("collective", tmp_path, timeout_s=5.0))
-    transport.broadcast(group, two_workers, FIRST)
+    version = following(pool)
+    transport.broadcast(group, pool, version)
     os.kill(pid_of(group.actors[0]), signal.SIGKILL)
     with pytest.raises(SyncFailed, match="learner-0 died"):
-        transport.broadcast(group, two_workers, FIRST.next())
-    assert [v for v, _ in engine_weights(two_workers)] == [str(FIRST)] * 2
+        transport.broadcast(group, pool, version.next())
+    assert versions(pool) == {str(version)}
     group.stop()
+
+
+def test_a_worker_that_hangs_is_named_in_bounded_time(
+    learners: LearnerGroup, pool: RolloutPool, tmp_path: Path
+) -> None:
+    transport = build_transport(weights_config("collective", tmp_path, timeout_s=4.0))
+    version = following(pool)
+    transport.broadcast(learners, pool, version)
+    hung = pid_of(pool.workers[0])
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        with pytest.raises(SyncFailed, match=r"worker-00[.0-9]* did not answer within"):
+            transport.broadcast(learners, pool, version.next())
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    transport.close()
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
@@ -394,34 +419,38 @@ def test_drained_trees_end_before_and_new_ones_wait() -> None:
     assert asyncio.run(main()) == ["first begins", "first ends", "weights", "second begins", "second ends"]
 
 
+@pytest.fixture(scope="module")
+def one_worker(ray_local: None, single_config: Config, checkpoint: Path) -> Iterator[RolloutPool]:
+    rollout = single_config.rollout.model_copy(update={"concurrent_trees": 6})
+    started = RolloutPool.start(single_config.model_copy(update={"rollout": rollout}), str(checkpoint))
+    yield started
+    started.stop()
+
+
 @pytest.mark.parametrize("mode", ["drain", "pause", "in_flight"])
 def test_versions_of_trees_under_each_mode(
-    mode: str, small_config: Config, checkpoint: Path, task: CountdownTask, ray_local: None
+    mode: str, one_worker: RolloutPool, checkpoint: Path, task: CountdownTask
 ) -> None:
     """Trees that run while new weights come: drained ones saw one version, others two; in flight old KV is named."""
-    weights = WeightsConfig(mode=mode)  # type: ignore[arg-type]
-    rollout = small_config.rollout.model_copy(update={"workers": 1, "concurrent_trees": 6})
-    config = small_config.model_copy(update={"weights": weights, "rollout": rollout})
-    pool = RolloutPool.start(config, str(checkpoint))
+    ray.get(one_worker.workers[0].__ray_call__.remote(lambda worker: setattr(worker, "mode", mode)))
     policy = load_policy(checkpoint)
-    counter = 0
+    first = version = following(one_worker)
     trees: list[ThreadTree] = []
     requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", 60, 0))]
     pending: list[Any] = []
-    for number, (_, tree) in enumerate(pool.run(requests)):
+    for number, (_, tree) in enumerate(one_worker.run(requests)):
         trees.append(tree)
         if number % 15 == 5:
-            counter += 1
-            update = pack_weights(trainable_parameters(policy), WeightVersion(0, counter))
-            ray.get(list(receive(pool.membership().workers, ray.put(update)).values()))
-            pending += [actor.apply_weights.remote() for actor in pool.workers]
+            update = pack_weights(trainable_parameters(policy), version)
+            ray.get(list(receive(one_worker.membership().workers, ray.put(update)).values()))
+            pending += [actor.apply_weights.remote() for actor in one_worker.workers]
+            version = version.next()
     ray.get(pending)
-    pool.stop()
-    assert counter == 4
+    assert len(pending) == 4
     calls = [call for tree in trees for call in tree.calls if call.sampled_ids]
     spans = [len(call.versions) for call in calls]
     newest = max(v for tree in trees for v in tree.versions())
-    assert newest.counter >= 3, "updates came too late to matter"
+    assert newest.counter >= first.counter + 2, "updates came too late to matter"
     if mode == "drain":
         assert all(len(tree.versions()) == 1 for tree in trees)
     else:

@@ -6,7 +6,6 @@ Compared parts must compute the same thing; each bench reports by how much their
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,14 +17,14 @@ BENCHES = ("engine", "gpu", "learner", "oracle", "rollout", "solver", "step", "s
 __all__ = ["BENCHES", "Result", "run_bench"]
 
 
-def run_bench(name: str, engine: str | None = None, checkpoint: str | None = None, sizes: Sequence[str] = ()) -> Result:
-    """Run one bench at its full size.
+def run_bench(name: str, **options: Any) -> Result:
+    """Run one bench, at its full size where nothing else is asked for.
 
     Args:
         name: which.
-        engine: for `sync` and `rollout`, a real engine in place of the embedded one.
-        checkpoint: for `rollout` with an engine, a trained policy.
-        sizes: for `sync`, how much to send: of `sync.SIZES`.
+        options: those of its `run` that the command names; None and () are left out. `engine` puts a real engine in
+            place of the embedded one, over the policy `checkpoint`; `sizes` are of `sync.SIZES`; `trees` are recorded
+            ones; `repeats` are turns of each side.
 
     Raises:
         AprError: the bench is unknown, or does not take what was given.
@@ -33,9 +32,10 @@ def run_bench(name: str, engine: str | None = None, checkpoint: str | None = Non
     if name not in BENCHES:
         raise AprError(f"unknown bench {name!r}", f"Choose one of {', '.join(BENCHES)}")
     bench = import_module(f"apr_ray.bench.{name}")
-    options: dict[str, Any] = {"engine": engine, "checkpoint": checkpoint, "sizes": tuple(sizes)}
+    known = inspect.signature(bench.run).parameters.keys()
     given = {key: value for key, value in options.items() if value}
-    if unknown := sorted(given.keys() - inspect.signature(bench.run).parameters.keys()):
-        raise AprError(f"bench {name} has no --{unknown[0]}", "--engine is for rollout and sync, --sizes for sync")
+    if unknown := sorted(given.keys() - known):
+        takes = [f"--{key}" for key in options if key in known]
+        raise AprError(f"bench {name} has no --{unknown[0]}", f"It takes {', '.join(takes) or 'no such option'}")
     result: Result = bench.run(**given)
     return result

@@ -23,7 +23,8 @@ from apr_ray.core.engine import Engine, GenerateRequest, SamplingParams
 from apr_ray.core.ledger import Call, Path, ThreadTree
 from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
 from apr_ray.engines.torch_engine.decoder import DecoderShape
-from apr_ray.engines.torch_engine.engine import Running, TorchEngine
+from apr_ray.engines.torch_engine.engine import TorchEngine
+from apr_ray.engines.torch_engine.rows import Running
 from apr_ray.model.llama import new_policy
 from apr_ray.model.state import trainable_parameters
 from apr_ray.tasks.registry import load_task
@@ -98,14 +99,13 @@ class ReplayEngine(TorchEngine):
         self._reply_of[running] = self.replies.get(request.prompt_ids, ())  # hashing a prompt at every step would show
         return running
 
-    def _draw(self, batch: Sequence[Running], logits: torch.Tensor) -> tuple[list[int], list[float]]:
-        ids, _ = super()._draw(batch, logits)
-        for i, running in enumerate(batch):
+    def _drawn(self, tokens: torch.Tensor) -> torch.Tensor:
+        taken = tokens.tolist()
+        for row, running in enumerate(self.rows.active):
             reply = self._reply_of[running]
             if running.sampled < len(reply):
-                ids[i] = reply[running.sampled]
-        chosen = torch.tensor(ids, device=logits.device)[:, None]
-        return ids, torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0].tolist()
+                taken[row] = reply[running.sampled]
+        return torch.tensor(taken, device=tokens.device)
 
 
 def new_engine(config: Config, replies: Replies, *, max_sequences: int, cache_slots: int) -> ReplayEngine:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from apr_ray.bench.recording import Recording, fresh_policy, record
+from apr_ray.bench.recording import Recording, bench_config, fresh_policy, record
 from apr_ray.bench.rollout import replaying_pool
 from apr_ray.bench.sync import private_ray
 from apr_ray.bench.timing import Result
@@ -31,14 +31,14 @@ from apr_ray.weights.registry import build_transport
 PHASES = ("rollout", "reward", "batch", "learn", "sync", "check")
 
 
-def run(problems: int = 32, group_size: int = 8, steps: int = 4) -> Result:
+def run(problems: int = 32, group_size: int = 8, steps: int = 4, overrides: Sequence[str] = ()) -> Result:
     """`ratio`: share of the wall time that rollout and learning take: what the rest costs is 1 less that.
 
     The quickstart's step on recorded trees, first step left out. All of a group's trees are the recorded one, so the
     bench gives every other tree reward 1: without variance nothing would be learnt. The phases are those of
     `training.grpo`, in its order.
     """
-    recording = record(problems)
+    recording = record(problems, bench_config(overrides))
     config = recording.config
     requests = [replace(r, sample=s) for r in recording.requests for s in range(group_size)]
     walls: list[float] = []

@@ -80,7 +80,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Neighbouring slots that attend in one call; `rows` is 1 where `width` is above 1.
+    """Neighbouring slots that attend in one call.
 
     Attributes:
         first, rows: slots [first, first + rows).
@@ -204,8 +204,8 @@ class Decoder:
             qk, v = projected.view(-1, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=1)
             q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
             keys, values = self.keys[layer], self.values[layer]
-            keys[slots, :, positions] = k
-            values[slots, :, positions] = v
+            self._put(keys, slots, positions, k)
+            self._put(values, slots, positions, v)
             attended = []
             for (span, part), mask in zip(parts, masks, strict=True):
                 rows = slice(span.first, span.first + span.rows)
@@ -221,6 +221,13 @@ class Decoder:
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
         return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
+
+    def _put(self, kv: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
+        """Write [t, kv_heads, size] to its places. By numpy where it can be: on a CPU torch takes thrice as long."""
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            kv.numpy()[slots.numpy(), :, positions.numpy()] = new.numpy()
+        else:
+            kv[slots, :, positions] = new
 
     def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor | None:
         """[rows, 1, width, end]: 0 where a token may look, minus infinity where not; None for no limit."""

@@ -1,65 +1,34 @@
 """`TorchEngine`: continuous batching over KV slots, in one asyncio loop, one step at a time.
 
-Invariants (tested):
-- rows [0, active) are the running requests and hold their KV contiguously, so that a step reads it in place;
+Invariants (tested), beside those of `rows`:
 - every step adds one token to every running request; those that came in since the last step are prefilled in it
   (not in deterministic mode, where a prompt is computed token by token);
-- rows stand in descending order of cohort: rows of one cohort differ in length by less than `cohort_tokens`, now and
-  later, because all grow alike. Each cohort attends as far as its own longest row (see `decoder.Span`);
-- a row's KV covers its first `kv_lengths[row]` tokens, under the current weights; what is beyond is prefilled next;
-- rows [max_sequences, slots) keep the KV of ended requests for whoever begins with the same tokens;
-- weights change between steps only; KV is reused only by requests that began under the weights it was computed with.
+- weights change between steps only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest, SamplingParams
+from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.requests import context_limit, token_limit
-from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, Span
+from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape
+from apr_ray.engines.torch_engine.rows import Rows, Running
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
 from apr_ray.model.llama import load_weights, read_config
 from apr_ray.model.state import check_update
 
 FIRST_VERSION = WeightVersion(0, 0)
-COHORT_TOKENS = {"cpu": 64, "cuda": 1024}
-"""Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls, and
-so fewer launches on a GPU (where the width was not measured)."""
-MIN_REUSED_TOKENS = 4
-"""A shorter common prefix is cheaper to compute again than to copy."""
 PROBED_TOKENS = 16
-IDLE = SamplingParams()
-"""Of rows that do not sample in a step: their draw is thrown away."""
-
-
-@dataclass(eq=False)
-class Running:
-    """A request and what it has produced; `row` is -1 while it waits."""
-
-    request: GenerateRequest
-    max_new: int
-    row: int = -1
-    sampled: int = 0
-    cached: int = 0
-    kv_version: WeightVersion = FIRST_VERSION
-    pending_ids: list[int] = field(default_factory=list)
-    pending_logprobs: list[float] = field(default_factory=list)
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    chunks: list[Chunk] = field(default_factory=list)
-    finished: bool = False
-    abort: bool = False
 
 
 class TorchEngine:
@@ -107,24 +76,16 @@ class TorchEngine:
         self.stream_interval = stream_interval
         slots = max_sequences + cache_slots
         self.decoder = Decoder(shape, slots, self.context_tokens, device, getattr(torch, dtype))
-        self.cohort_tokens = COHORT_TOKENS[device]
+        self.rows = Rows(self.decoder, max_sequences, self.context_tokens)
         self.decoder.load(state)
         self.version = version
         self.expected = shape.parameter_shapes()
-        self.tokens = np.zeros((slots, self.context_tokens), dtype=np.int64)
-        self.lengths = np.zeros(slots, dtype=np.int64)  # tokens a slot holds
-        self.kv_lengths = np.zeros(slots, dtype=np.int64)  # of which the KV is computed
-        self.kv_epochs = np.zeros(slots, dtype=np.int64)  # under which weights, counted by updates
-        self.epoch = 0
         self.asleep = False
-        self.cohorts = np.zeros(max_sequences, dtype=np.int64)
-        self.last_used = np.zeros(slots, dtype=np.int64)
-        self.active: list[Running] = []  # active[i] runs in row i
         self.waiting: list[tuple[int, int, Running]] = []
         self.by_id: dict[str, Running] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._updating = asyncio.Lock()
-        self._clock = 0
+        self._submitted = 0
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "sampled_tokens", "steps"), 0)
         self.capabilities = Capabilities(
             seeds=True,
@@ -171,10 +132,11 @@ class TorchEngine:
     def _submit(self, request: GenerateRequest) -> Running:
         if self.asleep:
             raise EngineAsleep
-        running = Running(request, token_limit(request, self.context_tokens, self.decoder.shape.vocab, self.by_id))
+        limit = token_limit(request, self.context_tokens, self.decoder.shape.vocab, self.by_id)
+        running = Running(request, limit, self.version)
         self.by_id[request.request_id] = running
-        self._clock += 1
-        heapq.heappush(self.waiting, (-request.priority, self._clock, running))
+        self._submitted += 1
+        heapq.heappush(self.waiting, (-request.priority, self._submitted, running))
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = asyncio.get_running_loop().create_task(self._run())
         return running
@@ -191,16 +153,13 @@ class TorchEngine:
             if self.asleep:
                 raise EngineAsleep
             await asyncio.to_thread(check_update, update, self.expected, self.version)
-            for running in self.active:
+            for running in self.rows.active:
                 self._flush(running)  # a chunk never spans two versions
             self.decoder.load(update.state_dict())
             self.version = update.version
-            self.epoch += 1
+            self.rows.weights_changed(keep_kv)
             if not keep_kv:
-                rows = len(self.active)
-                self.kv_lengths[:rows] = 0
-                self.kv_epochs[:rows] = self.epoch
-                for running in self.active:
+                for running in self.rows.active:
                     running.kv_version = self.version
 
     async def sleep(self) -> None:
@@ -211,7 +170,7 @@ class TorchEngine:
             self.asleep = True
             if self._loop_task is not None:
                 await asyncio.wait([self._loop_task])  # what was aborted still holds rows
-            self.kv_lengths[:] = 0
+            self.rows.forget()
             self.decoder.free()
 
     async def wake(self) -> None:
@@ -222,7 +181,7 @@ class TorchEngine:
 
     def stats(self) -> EngineStats:
         """Counters since start."""
-        return EngineStats(active_requests=len(self.active), waiting_requests=len(self.waiting), **self._counts)
+        return EngineStats(active_requests=len(self.rows.active), waiting_requests=len(self.waiting), **self._counts)
 
     async def close(self) -> None:
         """Abort everything and wait until it is gone."""
@@ -234,60 +193,75 @@ class TorchEngine:
 
     async def _run(self) -> None:
         try:
-            while self.active or self.waiting:
+            while self.rows.active or self.waiting:
                 self._step()
                 await asyncio.sleep(0)
         except Exception as error:
             for running in list(self.by_id.values()):
                 self._finish(running, FinishReason.ERROR, f"{type(error).__name__}: {error}")
-            self.active.clear()
+            self.rows.active.clear()
             self.waiting.clear()
             raise
 
     def _step(self) -> None:
-        for running in [r for r in self.active if r.abort]:
+        for running in [r for r in self.rows.active if r.abort]:
             self._release(running, FinishReason.ABORTED)
         self._admit()
-        if not self.active:
+        if not self.rows.active:
             return
-        rows, token_ids, logprobs = self._decode_fixed() if self.capabilities.deterministic else self._decode()
-        batch = [self.active[row] for row in rows]
-        self.tokens[rows, self.lengths[rows]] = token_ids
-        self.lengths[rows] += 1
+        rows, logits = self._forward_fixed() if self.capabilities.deterministic else self._forward()
+        token_ids, logprobs = self._draw(rows, logits)
+        batch = [self.rows.active[row] for row in rows]
+        self.rows.add(rows, token_ids)
         self._counts["steps"] += 1
         self._counts["sampled_tokens"] += len(batch)
         for running, token_id, logprob in zip(batch, token_ids, logprobs, strict=True):
             self._take(running, token_id, logprob)
 
-    def _decode(self) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
-        """A token and its logprob for every row."""
-        token_ids, logprobs = self._draw(list(self.active), self._forward())
-        return np.arange(len(token_ids)), token_ids, logprobs
+    def _forward(self) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
+        """Compute the missing KV of all rows; returns the rows and the logits after each one's last token."""
+        rows, n = self.rows, len(self.rows.active)
+        lengths, present = rows.lengths[:n], rows.kv_lengths[:n]
+        count = lengths - present
+        ends = np.cumsum(count)
+        row_of = np.repeat(np.arange(n), count)
+        positions = np.arange(ends[-1]) - (ends - lengths)[row_of]
+        device = self.decoder.device
+        logits = self.decoder.forward(
+            torch.from_numpy(rows.tokens[row_of, positions]).to(device),
+            torch.from_numpy(row_of).to(device),
+            torch.from_numpy(positions).to(device),
+            rows.spans(count),
+            torch.from_numpy(ends - 1).to(device),
+        )
+        present[:] = lengths
+        return np.arange(n), logits
 
-    def _draw(self, batch: Sequence[Running], logits: torch.Tensor) -> tuple[list[int], list[float]]:
-        """A token and its logprob for each of the first rows, from their logits [n, vocab]."""
-        return sample(logits, [r.request.sampling for r in batch], self._uniforms(np.arange(len(batch))))
-
-    def _decode_fixed(self) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
-        """One token of KV for every row, idle ones included; a token and its logprob for rows whose KV is complete."""
-        missing = self.lengths[: len(self.active)] - self.kv_lengths[: len(self.active)]
-        start = np.minimum(self.kv_lengths[: self.max_sequences], self.context_tokens - 1)
-        tokens = self.tokens[np.arange(self.max_sequences), start]
+    def _forward_fixed(self) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
+        """Compute one token of KV for every row, idle ones included; returns the rows whose KV is then complete, and
+        the logits of all."""
+        rows, n, all_rows = self.rows, len(self.rows.active), slice(self.max_sequences)
+        missing = rows.lengths[:n] - rows.kv_lengths[:n]
+        start = np.minimum(rows.kv_lengths[all_rows], self.context_tokens - 1)
+        tokens = rows.tokens[np.arange(self.max_sequences), start]
         logits = self.decoder.forward_fixed(torch.from_numpy(tokens), torch.from_numpy(start))
-        self.kv_lengths[: len(missing)] += 1
-        rows = np.flatnonzero(missing == 1)
-        params = [IDLE] * self.max_sequences  # logprobs too are computed in one shape
-        draws = np.zeros(self.max_sequences)
-        draws[rows] = self._uniforms(rows)
-        for row in rows.tolist():
-            params[row] = self.active[row].request.sampling
-        token_ids, logprobs = sample(logits, params, draws)
-        return rows, [token_ids[row] for row in rows], [logprobs[row] for row in rows]
+        rows.kv_lengths[:n] += 1
+        return np.flatnonzero(missing == 1), logits
 
-    def _uniforms(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """One draw per row, from its request's seed and how far it is."""
-        seeds = np.array([self.active[r].request.sampling.seed & 0xFFFFFFFFFFFFFFFF for r in rows], dtype=np.uint64)
-        return uniforms(seeds, self.lengths[rows].astype(np.uint64))
+    def _draw(self, rows: np.ndarray[Any, Any], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        """A token and its logprob for some rows, from the logits of the first n. All n are drawn, in one shape."""
+        how = self.rows.sampling.first(len(logits))
+        draws = uniforms(how.seed, self.rows.lengths[: len(logits)].astype(np.uint64))
+        tokens, logprobs = sample(logits, how, draws)
+        tokens = self._drawn(tokens)
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        if len(rows) < len(logits):
+            tokens, chosen = tokens[rows], chosen[rows]
+        return tokens.tolist(), chosen.tolist()
+
+    def _drawn(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Here a bench puts recorded tokens in the place of those drawn."""
+        return tokens
 
     def _require_equal_rows(self) -> None:
         """The same tokens in every row must give the same bits in every row: then a row's place does not matter."""
@@ -304,38 +278,6 @@ class TorchEngine:
                     "Choose an engine.max_sequences that is a multiple of 16, or leave engine.deterministic off",
                 )
 
-    def _forward(self) -> torch.Tensor:
-        """Compute the missing KV of all rows; returns the logits after each row's last token, [active, vocab]."""
-        n = len(self.active)
-        lengths, present = self.lengths[:n], self.kv_lengths[:n]
-        count = lengths - present
-        ends = np.cumsum(count)
-        rows = np.repeat(np.arange(n), count)
-        positions = np.arange(ends[-1]) - (ends - lengths)[rows]
-        device = self.decoder.device
-        logits = self.decoder.forward(
-            torch.from_numpy(self.tokens[rows, positions]).to(device),
-            torch.from_numpy(rows).to(device),
-            torch.from_numpy(positions).to(device),
-            self._spans(count),
-            torch.from_numpy(ends - 1).to(device),
-        )
-        present[:] = lengths
-        return logits
-
-    def _spans(self, count: np.ndarray[Any, Any]) -> list[Span]:
-        """Cut the rows where the cohort changes, and around every row with more than one token to compute."""
-        n = len(count)
-        wide = count > 1
-        cuts = np.flatnonzero((self.cohorts[1:n] != self.cohorts[: n - 1]) | wide[1:] | wide[:-1]) + 1
-        edges = [0, *cuts.tolist(), n]
-        longest = np.maximum.reduceat(self.lengths[:n], edges[:-1]).tolist()
-        shortest = np.minimum.reduceat(self.lengths[:n], edges[:-1]).tolist()
-        return [
-            Span(first, after - first, int(count[first]), end, end == low)
-            for (first, after), end, low in zip(itertools.pairwise(edges), longest, shortest, strict=True)
-        ]
-
     def _take(self, running: Running, token_id: int, logprob: float) -> None:
         """Hand a sampled token to its request, which may end with it."""
         running.pending_ids.append(token_id)
@@ -349,98 +291,19 @@ class TorchEngine:
             self._flush(running)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.active) < self.max_sequences:
+        while self.waiting and len(self.rows.active) < self.max_sequences:
             running = heapq.heappop(self.waiting)[2]
             if running.abort:
                 self._finish(running, FinishReason.ABORTED)
                 continue
-            prompt = np.asarray(running.request.prompt_ids, dtype=np.int64)
-            row = self._open_row(running, (len(prompt) - self._counts["steps"]) // self.cohort_tokens)
-            running.cached = self._reuse_prefix(row, prompt)
-            self.tokens[row, : len(prompt)] = prompt
-            self.lengths[row] = len(prompt)
-            self.kv_lengths[row] = running.cached
             running.kv_version = self.version
-            self._counts["prompt_tokens"] += len(prompt)
+            self.rows.open(running, self._counts["steps"])
+            self._counts["prompt_tokens"] += len(running.request.prompt_ids)
             self._counts["cached_tokens"] += running.cached
 
-    def _open_row(self, running: Running, cohort: int) -> int:
-        """Make room at the end of a cohort: the first row of every later cohort moves to that cohort's end."""
-        row = len(self.active)
-        self.active.append(running)
-        firsts = np.flatnonzero(np.diff(self.cohorts[:row], prepend=np.iinfo(np.int64).max))
-        for first in firsts[::-1].tolist():
-            if self.cohorts[first] >= cohort:
-                break
-            self._move_row(first, row)
-            row = first
-        self.active[row] = running
-        running.row = row
-        self.cohorts[row] = cohort
-        self.lengths[row] = self.kv_lengths[row] = 0
-        self.kv_epochs[row] = self.epoch
-        return row
-
-    def _close_row(self, row: int) -> None:
-        """Close a gap: the last row of its cohort moves into it, and so on to the last cohort."""
-        n = len(self.active)
-        lasts = np.flatnonzero(np.diff(self.cohorts[:n], append=np.iinfo(np.int64).min))
-        for last in lasts[lasts >= row].tolist():
-            if last != row:
-                self._move_row(last, row)
-                row = last
-        self.active.pop()
-        self.lengths[row] = self.kv_lengths[row] = 0
-
-    def _move_row(self, source: int, target: int) -> None:
-        self._copy(source, target)
-        self.cohorts[target] = self.cohorts[source]
-        self.active[target] = self.active[source]
-        self.active[target].row = target
-
-    def _reuse_prefix(self, row: int, prompt: np.ndarray[Any, Any]) -> int:
-        """Copy the longest computed prefix of the prompt into the row; returns its length.
-
-        At least the last token is always computed: its logits are needed.
-        """
-        held = self.tokens[:, : len(prompt) - 1]
-        same = (held == prompt[:-1]) & (np.arange(len(prompt) - 1) < self.kv_lengths[:, None])
-        shared = np.where(same.all(axis=1), same.shape[1], same.argmin(axis=1) if same.shape[1] else 0)
-        shared[row : self.max_sequences] = 0  # rows that hold nothing
-        shared[self.kv_epochs != self.epoch] = 0  # of other weights
-        source = int(shared.argmax())
-        common = int(shared[source])
-        if common < MIN_REUSED_TOKENS:
-            return 0
-        self.decoder.copy_slot(source, row, common)
-        self._clock += 1
-        self.last_used[source] = self._clock
-        return common
-
     def _release(self, running: Running, reason: FinishReason) -> None:
-        """Take a request out of its row; its KV goes to a cache slot where it may be of use again."""
-        if running.request.resumes:
-            self._retire(running.row)
-        self._close_row(running.row)
+        self.rows.close(running)
         self._finish(running, reason)
-
-    def _retire(self, row: int) -> None:
-        """Keep a row's KV in the cache slot that was unused for longest."""
-        first = self.max_sequences
-        of_use = self.kv_lengths[row] >= MIN_REUSED_TOKENS and self.kv_epochs[row] == self.epoch
-        if first < len(self.lengths) and of_use:
-            slot = first + int(self.last_used[first:].argmin())
-            self._copy(row, slot)
-            self._clock += 1
-            self.last_used[slot] = self._clock
-
-    def _copy(self, source: int, target: int) -> None:
-        length = int(self.lengths[source])
-        self.decoder.copy_slot(source, target, int(self.kv_lengths[source]))
-        self.tokens[target, :length] = self.tokens[source, :length]
-        self.lengths[target] = length
-        self.kv_lengths[target] = self.kv_lengths[source]
-        self.kv_epochs[target] = self.kv_epochs[source]
 
     def _flush(self, running: Running, finish: FinishReason | None = None, error: str = "") -> None:
         if running.pending_ids or finish is not None:

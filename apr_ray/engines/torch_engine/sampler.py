@@ -33,43 +33,73 @@ def _mix(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return out
 
 
-def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], draws: np.ndarray[Any, Any]
-) -> tuple[list[int], list[float]]:
-    """One token per row and its logprob.
+class RowSampling:
+    """How each row draws, by column, so that a step reads it without going through the requests."""
+
+    def __init__(self, rows: int) -> None:
+        self.temperature: np.ndarray[Any, Any] = np.ones(rows, dtype=np.float32)
+        self.top_k: np.ndarray[Any, Any] = np.zeros(rows, dtype=np.int64)
+        self.top_p: np.ndarray[Any, Any] = np.ones(rows, dtype=np.float64)
+        self.seed: np.ndarray[Any, Any] = np.zeros(rows, dtype=np.uint64)
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> RowSampling:
+        """One row for each."""
+        rows = cls(len(params))
+        for row, one in enumerate(params):
+            rows.set(row, one)
+        return rows
+
+    def set(self, row: int, params: SamplingParams) -> None:
+        """From now on a row draws like this."""
+        self.temperature[row] = params.temperature
+        self.top_k[row] = params.top_k
+        self.top_p[row] = params.top_p
+        self.seed[row] = params.seed & 0xFFFFFFFFFFFFFFFF
+
+    def first(self, n: int) -> RowSampling:
+        """A view of the first rows."""
+        view = RowSampling(0)
+        view.temperature, view.top_k = self.temperature[:n], self.top_k[:n]
+        view.top_p, view.seed = self.top_p[:n], self.seed[:n]
+        return view
+
+
+def sample(logits: torch.Tensor, how: RowSampling, draws: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row, and the logprobs it was drawn from.
 
     Args:
         logits: float32 [n, vocab].
-        params: one per row.
+        how: of n rows.
         draws: float64 [n] in [0, 1); rows at temperature 0 ignore theirs.
 
     Returns:
-        Token ids, and logprobs over the whole vocabulary at the row's temperature (1 when greedy): top-k and top-p
-        narrow what may be drawn, not what is reported.
+        Token ids [n], and logprobs [n, vocab] at the row's temperature (1 when greedy): top-k and top-p narrow what may
+        be drawn, not what is reported.
     """
-    temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
+    greedy = how.temperature == 0
+    temperatures = torch.from_numpy(np.where(greedy, np.float32(1), how.temperature)).to(logits.device)
     logprobs = torch.log_softmax(logits / temperatures[:, None], dim=-1)
     probabilities = logprobs.double().exp_()
-    if any(p.top_k or p.top_p < 1 for p in params):
-        probabilities = _narrow(probabilities, params)
+    if how.top_k.any() or (how.top_p < 1).any():
+        probabilities = _narrow(probabilities, how)
     cumulative = probabilities.cumsum(dim=-1)
     targets = torch.from_numpy(draws).to(logits.device)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    greedy = [i for i, p in enumerate(params) if p.temperature == 0]
-    if greedy:
-        tokens[greedy] = logits[greedy].argmax(dim=-1)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    return tokens.tolist(), chosen.tolist()
+    if greedy.any():
+        rows = torch.from_numpy(np.flatnonzero(greedy)).to(logits.device)
+        tokens[rows] = logits[rows].argmax(dim=-1)
+    return tokens, logprobs
 
 
-def _narrow(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _narrow(probabilities: torch.Tensor, how: RowSampling) -> torch.Tensor:
     """Zero the probabilities outside each row's top-k and top-p."""
     ranked, order = probabilities.sort(dim=-1, descending=True)
-    vocab = probabilities.shape[1]
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=probabilities.device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probabilities.device)
+    vocab, device = probabilities.shape[1], probabilities.device
+    top_k = torch.from_numpy(np.where(how.top_k, how.top_k, vocab)).to(device)
+    top_p = torch.from_numpy(how.top_p).to(device)
     before = ranked.cumsum(dim=-1) - ranked  # probability of the likelier tokens
     # By rounding `before` may reach 1 ahead of the last token: a row that keeps all must not lose it to its neighbours.
     within = (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    keep = (torch.arange(vocab, device=probabilities.device) < top_k[:, None]) & within
+    keep = (torch.arange(vocab, device=device) < top_k[:, None]) & within
     return torch.zeros_like(probabilities).scatter_(1, order, ranked * keep)

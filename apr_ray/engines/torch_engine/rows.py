@@ -1,0 +1,192 @@
+"""Which request runs in which KV slot, what every slot holds, and what of it is reused.
+
+Invariants (tested):
+- rows [0, active) are the running requests and hold their KV contiguously, so that a step reads it in place;
+- rows stand in descending order of cohort: rows of one cohort differ in length by less than `cohort_tokens`, now and
+  later, because all grow alike. Each cohort attends as far as its own longest row (see `decoder.Span`);
+- a row's KV covers its first `kv_lengths[row]` tokens, under the current weights; what is beyond is prefilled next;
+- rows [max_sequences, slots) keep the KV of ended requests for whoever begins with the same tokens;
+- KV is reused only by requests that began under the weights it was computed with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from apr_ray.core.engine import Chunk, GenerateRequest
+from apr_ray.core.weights import WeightVersion
+from apr_ray.engines.torch_engine.decoder import Decoder, Span
+from apr_ray.engines.torch_engine.sampler import RowSampling
+
+COHORT_TOKENS = {"cpu": 64, "cuda": 1024}
+"""Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls, and
+so fewer launches on a GPU (where the width was not measured)."""
+MIN_REUSED_TOKENS = 4
+"""A shorter common prefix is cheaper to compute again than to copy."""
+
+
+@dataclass(eq=False)
+class Running:
+    """A request and what it has produced; `row` is -1 while it waits."""
+
+    request: GenerateRequest
+    max_new: int
+    kv_version: WeightVersion
+    row: int = -1
+    sampled: int = 0
+    cached: int = 0
+    pending_ids: list[int] = field(default_factory=list)
+    pending_logprobs: list[float] = field(default_factory=list)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    chunks: list[Chunk] = field(default_factory=list)
+    finished: bool = False
+    abort: bool = False
+
+
+class Rows:
+    """The slots of a decoder.
+
+    Args:
+        decoder: whose KV moves with the rows.
+        max_sequences: rows for running requests; the other slots are the cache.
+        context_tokens: that a row can hold.
+    """
+
+    def __init__(self, decoder: Decoder, max_sequences: int, context_tokens: int) -> None:
+        self.decoder = decoder
+        self.max_sequences = max_sequences
+        self.cohort_tokens = COHORT_TOKENS[decoder.device.type]
+        slots = decoder.kv_size[1]
+        self.active: list[Running] = []  # active[i] runs in row i
+        self.tokens = np.zeros((slots, context_tokens), dtype=np.int64)
+        self.lengths = np.zeros(slots, dtype=np.int64)  # tokens a slot holds
+        self.kv_lengths = np.zeros(slots, dtype=np.int64)  # of which the KV is computed
+        self.kv_epochs = np.zeros(slots, dtype=np.int64)  # under which weights, counted by updates
+        self.epoch = 0
+        self.cohorts = np.zeros(max_sequences, dtype=np.int64)
+        self.sampling = RowSampling(max_sequences)
+        self.last_used = np.zeros(slots, dtype=np.int64)
+        self.clock = 0
+
+    def open(self, running: Running, step: int) -> None:
+        """Give a request a row, with what is there already of its prompt's KV."""
+        prompt = np.asarray(running.request.prompt_ids, dtype=np.int64)
+        row = self._make_room((len(prompt) - step) // self.cohort_tokens)
+        self.active[row] = running
+        running.row = row
+        self.sampling.set(row, running.request.sampling)
+        running.cached = self._reuse_prefix(row, prompt)
+        self.tokens[row, : len(prompt)] = prompt
+        self.lengths[row] = len(prompt)
+        self.kv_lengths[row] = running.cached
+
+    def close(self, running: Running) -> None:
+        """Take a request's row; its KV goes to a cache slot where it may be of use again."""
+        if running.request.resumes:
+            self._retire(running.row)
+        self._fill_gap(running.row)
+
+    def weights_changed(self, keep_kv: bool) -> None:
+        """What runs computes its KV again, unless it keeps the old; no later request reuses any of it."""
+        self.epoch += 1
+        if not keep_kv:
+            rows = len(self.active)
+            self.kv_lengths[:rows] = 0
+            self.kv_epochs[:rows] = self.epoch
+
+    def forget(self) -> None:
+        """All KV is gone."""
+        self.kv_lengths[:] = 0
+
+    def add(self, rows: np.ndarray[Any, Any], token_ids: list[int]) -> None:
+        """Append a token to each of these rows."""
+        self.tokens[rows, self.lengths[rows]] = token_ids
+        self.lengths[rows] += 1
+
+    def spans(self, count: np.ndarray[Any, Any]) -> list[Span]:
+        """Of the running rows, `count` tokens to compute in each: cut where the cohort or the count changes."""
+        n = len(count)
+        cuts = np.flatnonzero((self.cohorts[1:n] != self.cohorts[: n - 1]) | (count[1:] != count[:-1])) + 1
+        edges = [0, *cuts.tolist(), n]
+        longest = np.maximum.reduceat(self.lengths[:n], edges[:-1]).tolist()
+        shortest = np.minimum.reduceat(self.lengths[:n], edges[:-1]).tolist()
+        return [
+            Span(first, after - first, int(count[first]), end, end == low)
+            for (first, after), end, low in zip(itertools.pairwise(edges), longest, shortest, strict=True)
+        ]
+
+    def _make_room(self, cohort: int) -> int:
+        """An empty row at the end of a cohort: the first row of every later cohort moves to that cohort's end."""
+        row = len(self.active)
+        self.active.append(None)  # type: ignore[arg-type]  # until the caller puts its request there
+        firsts = np.flatnonzero(np.diff(self.cohorts[:row], prepend=np.iinfo(np.int64).max))
+        for first in firsts[::-1].tolist():
+            if self.cohorts[first] >= cohort:
+                break
+            self._move(first, row)
+            row = first
+        self.cohorts[row] = cohort
+        self.lengths[row] = self.kv_lengths[row] = 0
+        self.kv_epochs[row] = self.epoch
+        return row
+
+    def _fill_gap(self, row: int) -> None:
+        """The last row of its cohort moves into it, and so on to the last cohort."""
+        n = len(self.active)
+        lasts = np.flatnonzero(np.diff(self.cohorts[:n], append=np.iinfo(np.int64).min))
+        for last in lasts[lasts >= row].tolist():
+            if last != row:
+                self._move(last, row)
+                row = last
+        self.active.pop()
+        self.lengths[row] = self.kv_lengths[row] = 0
+
+    def _move(self, source: int, target: int) -> None:
+        self._copy(source, target)
+        self.cohorts[target] = self.cohorts[source]
+        self.active[target] = self.active[source]
+        self.active[target].row = target
+        self.sampling.set(target, self.active[target].request.sampling)
+
+    def _reuse_prefix(self, row: int, prompt: np.ndarray[Any, Any]) -> int:
+        """Copy the longest computed prefix of the prompt into the row; returns its length.
+
+        At least the last token is always computed: its logits are needed.
+        """
+        held = self.tokens[:, : len(prompt) - 1]
+        same = (held == prompt[:-1]) & (np.arange(len(prompt) - 1) < self.kv_lengths[:, None])
+        shared = np.where(same.all(axis=1), same.shape[1], same.argmin(axis=1) if same.shape[1] else 0)
+        shared[row] = 0
+        shared[len(self.active) : self.max_sequences] = 0  # rows that hold nothing
+        shared[self.kv_epochs != self.epoch] = 0  # of other weights
+        source = int(shared.argmax())
+        common = int(shared[source])
+        if common < MIN_REUSED_TOKENS:
+            return 0
+        self.decoder.copy_slot(source, row, common)
+        self.clock += 1
+        self.last_used[source] = self.clock
+        return common
+
+    def _retire(self, row: int) -> None:
+        """Keep a row's KV in the cache slot that was unused for longest."""
+        first = self.max_sequences
+        of_use = self.kv_lengths[row] >= MIN_REUSED_TOKENS and self.kv_epochs[row] == self.epoch
+        if first < len(self.lengths) and of_use:
+            slot = first + int(self.last_used[first:].argmin())
+            self._copy(row, slot)
+            self.clock += 1
+            self.last_used[slot] = self.clock
+
+    def _copy(self, source: int, target: int) -> None:
+        length = int(self.lengths[source])
+        self.decoder.copy_slot(source, target, int(self.kv_lengths[source]))
+        self.tokens[target, :length] = self.tokens[source, :length]
+        self.lengths[target] = length
+        self.kv_lengths[target] = self.kv_lengths[source]
+        self.kv_epochs[target] = self.kv_epochs[source]
