@@ -164,7 +164,7 @@ def controls(
     outcomes = run_controls(
         files, overrides or [], find_policy(init), data, minutes=minutes, seeds=seeds, bars=ProgressBars()
     )
-    head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]")
+    head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]", "GRPO is ahead by")
     _table(f"{minutes:g} minutes each, {seeds} seeds", head, table_rows(outcomes))
 
 

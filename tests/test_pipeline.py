@@ -322,6 +322,9 @@ def test_all_arms_are_trained_and_compared(finished: RunDir, single_config: Conf
         assert ("after sync 0.1 engines and learners differ" in outcome.stopped) == (outcome.arm == "frozen-engine")
         assert 0 <= outcome.before <= 1
         assert outcome.low <= outcome.high
+        assert outcome.lead_low <= outcome.lead <= outcome.lead_high
+        if outcome.arm == "grpo":
+            assert outcome.lead == 0
     trained = RunDir.resume(tmp_path / "arms" / "continued-sft-0")
     assert any("sft/loss" in row or "eval/greedy/accuracy" in row for row in trained.metrics())
     before = (tmp_path / "arms" / "grpo-0" / "metrics.jsonl").read_bytes()

@@ -88,10 +88,10 @@ class ScriptedVLLM:
 @pytest.fixture
 def engine_over(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Callable[..., VLLMEngine]:
     def make(vllm: ScriptedVLLM, on_cpu: bool = True, **options: Any) -> VLLMEngine:
-        monkeypatch.setattr(vllm_engine, "_require_device", lambda device: on_cpu)
-        monkeypatch.setattr(vllm_engine, "_launch", lambda arguments, on_cpu: vllm)
+        monkeypatch.setattr(vllm_engine, "require_device", lambda device: on_cpu)
+        monkeypatch.setattr(vllm_engine, "launch", lambda arguments, on_cpu: vllm)
         monkeypatch.setattr(vllm_engine, "_sampling", lambda running: running.limit)
-        monkeypatch.setattr(vllm_engine, "_shut_down", lambda engine: engine.tell("shut down"))
+        monkeypatch.setattr(vllm_engine, "shut_down", lambda engine: engine.tell("shut down"))
         return VLLMEngine(checkpoint, stream_interval=2, **options)
 
     return make
@@ -243,6 +243,6 @@ def test_what_vllm_cannot_be_given_is_refused(checkpoint: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(AprError, match=r"is vllm, but vllm is not installed\. pip install 'apr-ray\[vllm\]'"):
         build_engine(EngineConfig(name="vllm"), str(checkpoint))
-    monkeypatch.setattr(vllm_engine, "_require_device", lambda device: True)
+    monkeypatch.setattr(vllm_engine, "require_device", lambda device: True)
     with pytest.raises(ConfigError, match=r"engine\.kv_tokens is 100, one full request needs 800"):
         VLLMEngine(checkpoint, kv_tokens=100)

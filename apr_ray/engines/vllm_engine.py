@@ -16,36 +16,29 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch._dynamo
-
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
-from apr_ray.core.errors import AprError, ConfigError, EngineAsleep, PartDied
+from apr_ray.core.errors import AprError, EngineAsleep, PartDied
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard
-from apr_ray.engines.requests import context_limit, refuse_unknown, token_limit
+from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import DecoderShape
+from apr_ray.engines.vllm_setup import kv_arguments, launch, require_device, require_head_size, shut_down
 from apr_ray.model.llama import read_config
 from apr_ray.model.state import check_update
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST_VERSION = WeightVersion(0, 0)
-CPU_BLOCK_TOKENS = 32
-"""vLLM shares prefixes in whole blocks; on a CPU it would take 128 tokens, and asks for multiples of 32."""
 FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of vLLM's attention on a CPU, which takes others too and fails at the first step."""
 MAX_TEMPERATURE = 2.0
 """vLLM refuses more, and raises what is below 0.01 to that, when parameters are made; not afterwards."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(eq=False)
@@ -142,12 +135,8 @@ class VLLMEngine:
         self._death = ""  # why it is dead; empty while it lives
         self._closed = False
         self._driver: asyncio.Task[None] | None = None
-        on_cpu = _require_device(device)
-        if on_cpu and shape.head_size not in CPU_HEAD_SIZES:
-            raise ConfigError(
-                f"vLLM's attention on a CPU has no heads of size {shape.head_size}",
-                f"Use a model with one of {', '.join(map(str, CPU_HEAD_SIZES))}: hidden_size / heads",
-            )
+        on_cpu = require_device(device)
+        require_head_size(shape, on_cpu)
         arguments = {
             "model": str(checkpoint),
             "skip_tokenizer_init": True,
@@ -163,7 +152,7 @@ class VLLMEngine:
             "seed": 0,
             "enable_sleep_mode": sleeps and not on_cpu,
             "worker_extension_cls": "apr_ray.engines.vllm_worker.WorkerExtension",
-            **_kv_arguments(shape, dtype, kv_tokens, max_sequences, self.context_tokens, on_cpu),
+            **kv_arguments(shape, dtype, kv_tokens, max_sequences, self.context_tokens, on_cpu),
             # Prefilled in pieces, a request with a seed would need an offset that generators on a CPU have not.
             **({"enforce_eager": True, "enable_chunked_prefill": False} if on_cpu else {}),
             **(server_args or {}),
@@ -173,7 +162,7 @@ class VLLMEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         try:
             with self._guard.marking():
-                self._engine = self._thread.submit(_launch, arguments, on_cpu).result()
+                self._engine = self._thread.submit(launch, arguments, on_cpu).result()
         except BaseException:
             self._thread.shutdown()
             self._guard.close()
@@ -340,7 +329,7 @@ class VLLMEngine:
         if not self._closed:
             self._closed = True
             self._death = self._death or "it was closed"
-            await self._in_thread(lambda: _shut_down(self._engine))
+            await self._in_thread(lambda: shut_down(self._engine))
         self._thread.shutdown()
         self._guard.close()
 
@@ -379,83 +368,6 @@ class VLLMEngine:
             self._emit(running, FinishReason.ERROR, self._death)
         self._by_key.clear()
         self._to_end.clear()
-
-
-# --- vLLM's own ways --------------------------------------------------------------------------------------------------
-
-
-def _require_device(device: str | None) -> bool:
-    """Whether vLLM runs on the CPU. AprError where it is not installed, ConfigError where it is built for another."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # `vllm_worker` knows the sampler of the first
-    try:
-        from vllm.platforms import current_platform
-    except ModuleNotFoundError as error:
-        raise AprError(
-            f"engine.name is vllm, but {error.name} is not installed",
-            "pip install 'apr-ray[vllm]' on a GPU machine; `make test-vllm` shows how on a CPU",
-        ) from error
-    on_cpu = bool(current_platform.is_cpu())
-    found = "cpu" if on_cpu else "cuda"
-    if device is not None and device != found:
-        raise ConfigError(
-            f"engine.device is {device}, the installed vLLM runs on {found}", f"Use engine.device={found}"
-        )
-    return on_cpu
-
-
-def _kv_arguments(
-    shape: DecoderShape, dtype: str, kv_tokens: int | None, max_sequences: int, context_tokens: int, on_cpu: bool
-) -> dict[str, Any]:
-    """How much memory KV gets. On a CPU vLLM would take most of it."""
-    if on_cpu and kv_tokens is None:
-        kv_tokens = (max_sequences + 1) * (context_tokens + CPU_BLOCK_TOKENS)
-    arguments: dict[str, Any] = {"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}
-    if kv_tokens is not None:
-        if kv_tokens < context_tokens + CPU_BLOCK_TOKENS:
-            raise ConfigError(
-                f"engine.kv_tokens is {kv_tokens}, one full request needs {context_tokens + CPU_BLOCK_TOKENS}",
-                "Raise it, or lower engine.context_tokens",
-            )
-        arguments["kv_cache_memory_bytes"] = (
-            kv_tokens * shape.layers * 2 * shape.kv_heads * shape.head_size * BYTES[dtype]
-        )
-    return arguments
-
-
-def _launch(arguments: dict[str, Any], on_cpu: bool) -> Any:
-    """vLLM's engine, in the thread that will own it. Raises AprError or ConfigError."""
-    if on_cpu:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # vLLM ranks each sampled token by a function that torch would compile, which takes 20 s and a compiler.
-        torch._dynamo.config.disable = True
-        import vllm._custom_ops
-
-        # oneDNN would multiply with packed copies of the weights, which an update does not reach.
-        vllm._custom_ops._supports_onednn = False
-        import vllm.model_executor.layers.utils
-
-        vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_: False  # which packs them too, with AMX
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    refuse_unknown(arguments, [f.name for f in fields(EngineArgs)], "vLLM")
-    try:
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        engine.collective_rpc("apr_ray_report_whole_vocabulary")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise AprError(f"vLLM did not start: {error}", "Its own log above names the cause") from error
-    return engine
-
-
-def _shut_down(engine: Any) -> None:
-    """End vLLM's workers and leave its process groups, so that this process can start another engine."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
 
 
 def _sampling(running: _Running) -> Any:

@@ -41,6 +41,7 @@ class Outcome:
     Attributes:
         before, after: accuracy, mean over seeds and problems.
         low, high: 95 % interval of after - before, by a bootstrap over seeds and, within each, problems.
+        lead: GRPO's accuracy less this arm's, on the same problems; `lead_low`, `lead_high` as above.
         stopped: why its runs stopped early, where they did.
     """
 
@@ -51,6 +52,9 @@ class Outcome:
     after: float
     low: float
     high: float
+    lead: float
+    lead_low: float
+    lead_high: float
     stopped: str = ""
 
 
@@ -130,15 +134,21 @@ def _judge(run: RunDir, policy: Path, bars: ProgressBars) -> None:
 
 
 def _outcome(root: Path, arm: str, mode: str, seeds: int) -> Outcome:
-    before, after, stopped = [], [], ""
+    before, after, grpo, stopped = [], [], [], ""
     for seed in range(seeds):
         first = _rewards(root / f"{GRPO}-{seed}", mode, 0)  # all arms begin with the same policy
         stopped = (root / f"{arm}-{seed}" / "done").read_text()
         before.append(first)
         after.append(first if stopped else _rewards(root / f"{arm}-{seed}", mode, -1))
-    gains = [a - b for a, b in zip(after, before, strict=True)]
-    low, high = (0.0, 0.0) if stopped else two_level_interval(gains)
-    return Outcome(arm, mode, seeds, _mean(before), _mean(after), low, high, stopped)
+        grpo.append(_rewards(root / f"{GRPO}-{seed}", mode, -1))
+    gain, lead = (_with_interval(a, b) for a, b in ((after, before), (grpo, after)))
+    return Outcome(arm, mode, seeds, _mean(before), _mean(after), *gain[1:], *lead, stopped)
+
+
+def _with_interval(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """The mean of a - b over seeds and problems, and its interval."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return _mean(differences), *two_level_interval(differences)
 
 
 def _rewards(run: Path, mode: str, which: int) -> np.ndarray:
@@ -173,9 +183,14 @@ def two_level_interval(gains: Sequence[np.ndarray], draws: int = DRAWS) -> tuple
 
 
 def table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """(arm, mode, before, after, gain with its interval) in per cent."""
+    """(arm, mode, before, after, gain, how far GRPO is ahead) in per cent, the last two with their intervals."""
+
+    def interval(mean: float, low: float, high: float) -> str:
+        return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
     rows: list[tuple[str, ...]] = []
     for o in outcomes:
-        gain = f"{100 * (o.after - o.before):+.1f} [{100 * o.low:+.1f}, {100 * o.high:+.1f}]"
-        rows.append((o.arm, o.mode, f"{100 * o.before:.1f}", f"{100 * o.after:.1f}", o.stopped or gain))
+        gain = o.stopped or interval(o.after - o.before, o.low, o.high)
+        lead = "" if o.stopped or o.arm == GRPO else interval(o.lead, o.lead_low, o.lead_high)
+        rows.append((o.arm, o.mode, f"{100 * o.before:.1f}", f"{100 * o.after:.1f}", gain, lead))
     return rows

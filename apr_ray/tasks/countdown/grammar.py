@@ -43,7 +43,7 @@ def node_text(node: Node) -> str:
 
 def numbers_text(numbers: Sequence[int]) -> str:
     """`[22, 31, 27]`."""
-    return "[" + ", ".join(map(str, numbers)) + "]"
+    return str(list(numbers))
 
 
 def move_line(node: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import Literal
+from typing import Any, Literal
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome
@@ -167,11 +167,13 @@ def heuristic(numbers: Sequence[int], target: int) -> int:
     return sum(_distance(number, target) for number in numbers)
 
 
-def _successors(
-    numbers: tuple[int, ...], target: int, beam: int, rng: random.Random, order: str
-) -> list[tuple[int, str, tuple[int, ...]]]:
-    """The `beam` best successors as (heuristic, operation, numbers), in the order they are written in."""
-    found = []
+Successor = tuple[int, str, tuple[int, ...]]
+"""Heuristic, operation and numbers."""
+
+
+def _successors(numbers: tuple[int, ...], target: int, beam: int, rng: random.Random, order: str) -> list[Successor]:
+    """The `beam` best successors in the order they are written in."""
+    found: list[Any] = []
     distances = [_distance(n, target) for n in numbers]
     total = sum(distances)
     for i in range(len(numbers)):
@@ -180,13 +182,14 @@ def _successors(
             base = total - distances[i] - distances[j]
             for a, op, b, result in combine(numbers[i], numbers[j]):
                 distance = result - target if result >= target else _below(result, target)  # `_distance`, often
-                found.append((base + distance, a, op, b, result, rest))
+                found.append((base + distance, operation_text(a, op, b, result), (*rest, result)))
     if order == "heuristic":
         best = sorted(found, key=_SCORE)[:beam]
         rng.shuffle(best)
-    else:
-        best = [found[i] for i in sorted(sorted(range(len(found)), key=lambda i: found[i][0])[:beam])]
-    return [(score, operation_text(a, op, b, result), (*rest, result)) for score, a, op, b, result, rest in best]
+        return best
+    if len(found) <= beam:
+        return found
+    return [found[i] for i in sorted(sorted(range(len(found)), key=lambda i: found[i][0])[:beam])]
 
 
 def _restated(trail: Sequence[_Point], last: str, target: int) -> str:
@@ -224,28 +227,32 @@ class _Search:
 
     def expand(self, point: _Point) -> tuple[list[tuple[int, _Point]], str | None]:
         """Write a node's expansion; returns the nodes generated, and the operation that reached the target, if one."""
-        write = self.out.append
+        if len(point.numbers) == 2:
+            return [], self._finish(point)
         generated: list[tuple[int, _Point]] = []
         target = self.target
         trail = (*point.trail, point)
         before = f"{point.operations}, " if point.operations else ""
         for score, operation, numbers in _successors(point.numbers, target, self.beam, self.rng, self.order):
             left = numbers_text(numbers)
-            explored = explore_line(operation, left)
-            write(explored)
-            if len(numbers) > 1:
-                number = len(generated)
-                name = f"{point.name},{number}"
-                lines = explored, generate_line(name, target, left, operation)
-                write(lines[1])
-                node = (*point.node, number)
-                generated.append((score, _Point(node, name, numbers, left, f"{before}'{operation}'", lines, trail)))
-            elif numbers[0] == target:
-                write(f"{target},{target}{EQUAL}")
-                return generated, operation
-            else:
-                write(f"{numbers[0]},{target}{UNEQUAL}")
+            number = len(generated)
+            name = f"{point.name},{number}"
+            lines = explore_line(operation, left), generate_line(name, target, left, operation)
+            self.out += lines
+            node = (*point.node, number)
+            generated.append((score, _Point(node, name, numbers, left, f"{before}'{operation}'", lines, trail)))
         return generated, None
+
+    def _finish(self, point: _Point) -> str | None:
+        """Write the expansion of a node of two numbers, after which one is left: most of a search's lines."""
+        write, target = self.out.append, self.target
+        for _, operation, (number,) in _successors(point.numbers, target, self.beam, self.rng, self.order):
+            write(explore_line(operation, f"[{number}]"))
+            if number == target:
+                write(f"{target},{target}{EQUAL}")
+                return operation
+            write(f"{number},{target}{UNEQUAL}")
+        return None
 
     def searched(self, generated: Sequence[tuple[int, _Point]]) -> list[_Point]:
         """Successors in the order in which they are searched or spawned."""
