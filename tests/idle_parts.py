@@ -16,7 +16,7 @@ def require_folder(path: str | None) -> None:
 
 
 class IdleRank:
-    """Answers what `LearnerGroup.start` asks."""
+    """Answers what is asked of a rank before its first step."""
 
     def __init__(self, config: Any, optimizer: Any, init_from: str | None, rank: int) -> None:
         self.init_from = init_from
@@ -30,6 +30,9 @@ class IdleRank:
     def start(self, address: str, port: int) -> tuple[int, bool]:
         require_folder(self.init_from)
         return 0, False
+
+    def freeze_reference(self, checkpoint: str | None) -> None:
+        return None
 
 
 class IdleWorker:

@@ -179,6 +179,7 @@ def test_groups_are_gone_after_a_stop_and_after_a_failed_start(
     until(is_idle)
 
 
+@pytest.mark.usefixtures("idle_parts")
 def test_a_failed_run_leaves_no_part_behind(
     single_config: Config, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
