@@ -375,9 +375,8 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 def _final_table(grpo: Path) -> None:
     from apr_ray.evaluation.report import summarise, table_rows
 
-    before, after = summarise(grpo)
     head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential")
-    _table("before and after GRPO", head, table_rows(before, after))
+    _table("before and after GRPO", head, table_rows(summarise(grpo)))
 
 
 def _next(*lines: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from apr_ray.core.trees_io import read_trees
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.audit import audit_batch
 from apr_ray.evaluation.kept_batch import find_batch, read_batch
-from apr_ray.evaluation.report import summarise, write_report
+from apr_ray.evaluation.report import summarise, table_rows, write_report
 from apr_ray.metrics.names import is_known
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import grpo_batch
@@ -161,6 +162,14 @@ def test_the_report_shows_before_and_after(finished: RunDir) -> None:
         assert f"{100 * after.modes[mode]['accuracy']:.1f} %" in text
     for picture in ("accuracy.png", "curves.png", "tree.png"):
         assert (finished.path / picture).stat().st_size > 5000
+    assert [row[1] for row in table_rows((before, after))] == ["before GRPO", "after 3 GRPO steps"] * 2
+
+
+def test_without_an_evaluation_before_the_report_claims_none(finished: RunDir, tmp_path: Path) -> None:
+    grpo = shutil.copytree(finished.path / "grpo", tmp_path / "grpo", ignore=shutil.ignore_patterns("step-000000-*"))
+    (after,) = summarise(grpo)
+    assert after.step == 3
+    assert "before GRPO" not in write_report(tmp_path, finished.path / "sft", grpo).read_text()
 
 
 def test_a_killed_grpo_run_goes_on_from_its_checkpoint(finished: RunDir, single_config: Config, tmp_path: Path) -> None:

@@ -30,28 +30,29 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def summarise(grpo: Path) -> tuple[Summary, Summary]:
-    """The full evaluations before (step 0) and after GRPO. A full one wrote its trees to `eval/`."""
+def summarise(grpo: Path) -> tuple[Summary, ...]:
+    """The full evaluations before (step 0) and after GRPO; the last alone where there was none before. A full one wrote
+    its trees to `eval/`."""
     steps = sorted({int(p.name.split("-")[1]) for p in (grpo / "eval").glob("step-*.jsonl")})
     rows = read_metrics(grpo)
 
-    def at(step: int, label: str) -> Summary:
+    def at(step: int) -> Summary:
         modes = {}
         for mode, _ in MODES:
             prefix = f"eval/{mode}/"
             found = [r for r in rows if r["step"] == step and prefix + "accuracy" in r]
             if found:
                 modes[mode] = {k.removeprefix(prefix): v for k, v in found[-1].items() if k.startswith(prefix)}
-        return Summary(label, step, modes)
+        return Summary(f"after {step} GRPO steps" if step else "before GRPO", step, modes)
 
-    return at(steps[0], "after supervised training"), at(steps[-1], f"after {steps[-1]} GRPO steps")
+    return tuple(at(step) for step in (*steps[:1], *steps[1:][-1:]))
 
 
-def table_rows(before: Summary, after: Summary) -> list[tuple[str, ...]]:
+def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """Rows of the final table: policy, mode, accuracy with interval, children, total and sequential tokens."""
     rows: list[tuple[str, ...]] = []
     for mode, name in MODES:
-        for summary in (before, after):
+        for summary in summaries:
             m = summary.modes.get(mode)
             if m:
                 interval = (
@@ -78,23 +79,23 @@ def pick_tree(path: Path) -> ThreadTree | None:
 
 def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     """Write `report.html` and its pictures into the run's folder; returns the page's path."""
-    before, after = summarise(grpo)
-    _plot_accuracy(run / "accuracy.png", before, after)
+    summaries = summarise(grpo)
+    after = summaries[-1]
+    _plot_accuracy(run / "accuracy.png", summaries)
     _plot_curves(run / "curves.png", read_metrics(sft), read_metrics(grpo))
     tree = pick_tree(grpo / "eval" / f"step-{after.step:06d}-t1.0.jsonl")
     if tree is not None:
         _plot_tree(run / "tree.png", tree)
     page = run / "report.html"
-    page.write_text(_page(before, after, tree, read_metrics(grpo)), encoding="utf-8")
+    page.write_text(_page(summaries, tree, read_metrics(grpo)), encoding="utf-8")
     return page
 
 
-def _page(before: Summary, after: Summary, tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]) -> str:
+def _page(summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]) -> str:
+    after = summaries[-1]
     head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential tokens")
     cells = "".join(f"<th>{h}</th>" for h in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(before, after)
-    )
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(summaries))
     failures = ""
     for mode, name in MODES:
         reasons = {
@@ -144,9 +145,9 @@ def _figure(columns: int, width: float = 9.0, height: float = 3.4):  # type: ign
     return figure, axes[0]
 
 
-def _plot_accuracy(path: Path, before: Summary, after: Summary) -> None:
+def _plot_accuracy(path: Path, summaries: Sequence[Summary]) -> None:
     figure, (accuracy, cost) = _figure(2)
-    for offset, (summary, colour) in enumerate(((before, "#9aa5b1"), (after, "#2563eb"))):
+    for offset, (summary, colour) in enumerate(zip(summaries, ("#9aa5b1", "#2563eb")[-len(summaries) :], strict=True)):
         names = [name for mode, name in MODES if mode in summary.modes]
         found = [summary.modes[mode] for mode, _ in MODES if mode in summary.modes]
         at = [i + 0.38 * offset - 0.19 for i in range(len(names))]
