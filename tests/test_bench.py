@@ -19,7 +19,7 @@ def test_an_unknown_bench_is_refused() -> None:
     with pytest.raises(AprError, match=", ".join(BENCHES)):
         run_bench("nope")
     with pytest.raises(AprError, match=r"bench oracle has no --trees\. It takes --repeats"):
-        run_bench("oracle", trees=4, sizes=())
+        run_bench("oracle", trees=4, sizes=(), repeats=None)
 
 
 def test_engine_loop_and_generate_agree_on_every_token() -> None:
@@ -96,7 +96,7 @@ def test_every_way_of_sending_weights_brings_the_same_bytes(ray_local: None) -> 
 def test_pool_and_engine_alone_decode_the_same_tokens(ray_local: None) -> None:
     from apr_ray.bench.rollout import run
 
-    result = run(trees=12, repeats=1, alone_trees=2)
+    result = run(trees=6, repeats=1, alone_trees=1)
     numbers(
         result,
         "pool_tokens_per_s",

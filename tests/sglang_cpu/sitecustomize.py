@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SGLANG = str(Path(sys.prefix) / "sglang-cpu")
+SGLANG = str(Path(sys.prefix) / "sglang-cpu" / "site-packages")
 OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
