@@ -285,7 +285,7 @@ def bench(
     ] = None,
     sizes: Annotated[Optional[str], typer.Option(help="For sync: of 4mb,50mb,900mb.")] = None,
     trees: Annotated[
-        Optional[int], typer.Option(min=2, help="For engine, learner and rollout: how many recorded trees.")
+        Optional[int], typer.Option(min=2, help="For engine, learner and rollout: how many trees.")
     ] = None,
     repeats: Annotated[
         Optional[int], typer.Option(min=1, help="Turns of each side, where there are sides; their median counts.")

@@ -33,15 +33,15 @@ from apr_ray.tasks.registry import load_task
 
 
 def run(
-    trees: int = 256,
-    repeats: int = REPEATS,
+    trees: int | None = None,
+    repeats: int | None = None,
     engine: str | None = None,
     checkpoint: str | None = None,
     alone_trees: int = 24,
 ) -> Result:
     """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime.
 
-    Recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own: see `bench.trees`.
+    256 recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own: see `bench.trees`.
     The latency of a tree is measured on the first `alone_trees`, one at a time.
     """
     if engine is not None or checkpoint is not None:
@@ -53,8 +53,9 @@ def run(
                 "Give both: --engine sglang --checkpoint runs/NAME/sft/final",
             )
         with private_ray():
-            return real.run(engine, checkpoint)
-    recording = record(trees)
+            return real.run(engine, checkpoint, trees or real.TREES, repeats or real.REPEATS)
+    repeats = repeats or REPEATS
+    recording = record(trees or 256)
     config = recording.config
     made: dict[str, Any] = {}
     with private_ray(), tempfile.TemporaryDirectory() as folder:

@@ -34,6 +34,7 @@ from apr_ray.rollout.worker import RolloutWorker, bounds_of
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import TreeRequest, run_tree
 
+TREES, REPEATS = 96, 2
 CONCURRENT = 64
 """Trees at the same time."""
 WARM_UP = 16
@@ -42,7 +43,7 @@ LONG_TOKENS = 20
 """Calls of at least so many tokens tell how long a step of the engine takes."""
 
 
-def run(engine: str, checkpoint: str, trees: int = 96, repeats: int = 2, device: str = "cpu") -> Result:
+def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS, device: str = "cpu") -> Result:
     """`ratio`: sampled tokens/s of pool, actor and runtime over those of the engine alone (the goal is 0.9).
 
     Args:

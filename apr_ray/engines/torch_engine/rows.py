@@ -76,6 +76,7 @@ class Rows:
     def open(self, running: Running, step: int) -> None:
         """Give a request a row, with what is there already of its prompt's KV."""
         prompt = np.asarray(running.request.prompt_ids, dtype=np.int64)
+        self.active.append(running)
         row = self._make_room((len(prompt) - step) // self.cohort_tokens)
         self.active[row] = running
         running.row = row
@@ -121,9 +122,9 @@ class Rows:
         ]
 
     def _make_room(self, cohort: int) -> int:
-        """An empty row at the end of a cohort: the first row of every later cohort moves to that cohort's end."""
-        row = len(self.active)
-        self.active.append(None)  # type: ignore[arg-type]  # until the caller puts its request there
+        """Empty a row at the end of a cohort: the last row is free, and the first row of every later cohort moves to
+        that cohort's end."""
+        row = len(self.active) - 1
         firsts = np.flatnonzero(np.diff(self.cohorts[:row], prepend=np.iinfo(np.int64).max))
         for first in firsts[::-1].tolist():
             if self.cohorts[first] >= cohort:
