@@ -41,7 +41,7 @@ def run(
 ) -> Result:
     """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime.
 
-    256 recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own: see `bench.trees`.
+    256 recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own (`bench.trees`).
     The latency of a tree is measured on the first `alone_trees`, one at a time.
     """
     if engine is not None or checkpoint is not None:
