@@ -66,18 +66,23 @@ def run_controls(
     *,
     minutes: float,
     seeds: int,
+    arms: Sequence[str] = ARMS,
     bars: ProgressBars,
 ) -> list[Outcome]:
-    """Train every arm with every seed, `minutes` each, and compare; what is complete is not run again.
+    """Train the arms with every seed, `minutes` each, and compare; what is complete is not run again.
 
     Args:
         files: configuration files; presets of the arms come on top.
         policy: the checkpoint that all arms begin with.
         data: the demonstrations that continued supervised training goes on with.
+        arms: which to compare with GRPO, of `ARMS`; GRPO is always trained.
 
     Raises:
-        AprError: the engine that was frozen was not noticed, or an arm has no result.
+        AprError: there is no such arm, the engine that was frozen was not noticed, or an arm has no result.
     """
+    if unknown := sorted(set(arms) - set(ARMS)):
+        raise AprError(f"There is no arm {', '.join(unknown)}", f"Choose of {', '.join(ARMS)}")
+    arms = [arm for arm in ARMS if arm == GRPO or arm in arms]
     common = [
         *overrides,
         f"init_from={policy.resolve()}",
@@ -92,12 +97,12 @@ def run_controls(
     base = load_config(files, overrides)
     root = Path(base.run.root).resolve() / (base.run.name or "controls")
     for seed in range(seeds):
-        for arm in ARMS:
+        for arm in arms:
             preset = [] if arm == GRPO else [str(Path(__file__).parents[1] / "presets" / f"control-{arm}.yaml")]
             own = [f"run.seed={seed}", f"run.name={root.name}/{arm}-{seed}", f"grpo.initial_evaluation={arm == GRPO}"]
             _train(arm, load_config([*files, *preset], [*common, *own]), root / f"{arm}-{seed}", policy, data, bars)
     modes = [mode_name(t) for t in base.evaluation.temperatures]
-    return [_outcome(root, arm, mode, seeds) for arm in ARMS for mode in modes]
+    return [_outcome(root, arm, mode, seeds) for arm in arms for mode in modes]
 
 
 def _train(arm: str, config: Config, path: Path, policy: Path, data: Path, bars: ProgressBars) -> None:
