@@ -153,18 +153,20 @@ def controls(
     overrides: Overrides = None,
     minutes: Annotated[float, typer.Option(help="Of training, for each arm and seed.")] = 10.0,
     seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 3,
-    arm: Annotated[Optional[list[str]], typer.Option(help="Compare GRPO with this arm only; may be repeated.")] = None,
+    arm: Annotated[
+        Optional[list[str]], typer.Option(help="Compare GRPO with this arm only, or with `overlap`; may be repeated.")
+    ] = None,
     config: Files = None,
 ) -> None:
     """GRPO beside its controls: continued supervised training, rejection sampling, random rewards, a frozen engine."""
     from apr_ray.tracking.progress import ProgressBars
-    from apr_ray.training.controls import ARMS, run_controls, table_rows
+    from apr_ray.training.controls import CONTROLS, run_controls, table_rows
     from apr_ray.training.run_dir import find_policy
 
     files = [_find_config(f) for f in config or []]
     policy, bars = find_policy(init), ProgressBars()
     outcomes = run_controls(
-        files, overrides or [], policy, data, minutes=minutes, seeds=seeds, arms=arm or ARMS, bars=bars
+        files, overrides or [], policy, data, minutes=minutes, seeds=seeds, arms=arm or CONTROLS, bars=bars
     )
     head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]", "GRPO is ahead by")
     _table(f"{minutes:g} minutes each, {seeds} seeds", head, table_rows(outcomes))

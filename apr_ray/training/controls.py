@@ -29,7 +29,9 @@ from apr_ray.training.sft import train_sft
 from apr_ray.training.watch import Watch
 
 GRPO, CONTINUED, FROZEN = "grpo", "continued-sft", "frozen-engine"
-ARMS = (GRPO, CONTINUED, "rejection", "random-reward", FROZEN)
+CONTROLS = (GRPO, CONTINUED, "rejection", "random-reward", FROZEN)
+ARMS = (*CONTROLS, "overlap")
+"""The last is no control: GRPO with rollouts one step ahead, which does as well per step at best, and may be faster."""
 DRAWS = 4000
 """Of the bootstrap."""
 
@@ -66,7 +68,7 @@ def run_controls(
     *,
     minutes: float,
     seeds: int,
-    arms: Sequence[str] = ARMS,
+    arms: Sequence[str] = CONTROLS,
     bars: ProgressBars,
 ) -> list[Outcome]:
     """Train the arms with every seed, `minutes` each, and compare; what is complete is not run again.
