@@ -168,7 +168,7 @@ def controls(
     outcomes = run_controls(
         files, overrides or [], policy, data, minutes=minutes, seeds=seeds, arms=arm or CONTROLS, bars=bars
     )
-    head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]", "GRPO is ahead by")
+    head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]", "GRPO is ahead by", "steps")
     _table(f"{minutes:g} minutes each, {seeds} seeds", head, table_rows(outcomes))
 
 
@@ -180,6 +180,7 @@ def evaluate_command(
     out: Annotated[Optional[Path], typer.Option(help="Write the trees here, as JSON lines.")] = None,
 ) -> None:
     """Accuracy and cost of a policy on held-out problems."""
+    from apr_ray.config import config_of
     from apr_ray.core.trees_io import write_trees
     from apr_ray.evaluation.evaluate import evaluate
     from apr_ray.metrics.names import mode_name
@@ -188,7 +189,7 @@ def evaluate_command(
     from apr_ray.rollout.pool import RolloutPool
     from apr_ray.tasks.registry import load_task
     from apr_ray.tracking.progress import ProgressBars
-    from apr_ray.training.run_dir import config_of, find_policy
+    from apr_ray.training.run_dir import find_policy
     from apr_ray.training.session import ray_session, require_startable
 
     policy = find_policy(model)

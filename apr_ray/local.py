@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apr_ray.config import BoundsConfig, EngineConfig
+from apr_ray.config import BoundsConfig, EngineConfig, config_of, load_config
 from apr_ray.core.ledger import Problem, ThreadTree
 from apr_ray.core.task import Verdict
 from apr_ray.engines.registry import build_engine
@@ -16,7 +17,7 @@ from apr_ray.model.llama import read_task, require_vocabulary
 from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.events import Listener
-from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ def solve(
         problem: as text (`"3 5 7 -> 22"`) or as the task's JSON (`{"numbers": [3, 5, 7], "target": 22}`).
         model: a checkpoint folder that apr-ray wrote.
         temperature: 0 is greedy.
+        bounds: of the tree; those of the run that the model lies in by default, else the default ones.
         listener: told of every spawn, token, join and end as it happens.
 
     Raises:
@@ -61,8 +63,19 @@ def solve(
     tokenizer = task.load_tokenizer(str(model))
     require_vocabulary(model, tokenizer)
     engine = build_engine(EngineConfig(max_sequences=32, cache_slots=16, stream_interval=1), str(model))
-    limits = Bounds(**(bounds or BoundsConfig()).model_dump())
+    if bounds is None:
+        run = config_of(Path(model))
+        bounds = load_config([run]).bounds if run else BoundsConfig()
     request = TreeRequest(the_problem, seed=seed, temperature=temperature)
-    tree = asyncio.run(run_tree(engine, task.protocol(tokenizer), request, limits, tree_id="solve", listener=listener))
+
+    async def think() -> ThreadTree:
+        try:
+            protocol = task.protocol(tokenizer)
+            return await run_tree(engine, protocol, request, bounds, tree_id="solve", listener=listener)
+        finally:
+            await engine.close()
+
+    with ThreadPoolExecutor(1) as thread:  # a loop may run in this one already, as in a notebook
+        tree = thread.submit(asyncio.run, think()).result()
     verdict = score(task, the_problem, tree.outcome, tree.final_text)
     return Solution(the_problem, replace(tree, reward=float(verdict.solved), verdict=verdict.reason), verdict)

@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from apr_ray.cli import app
-from apr_ray.config import TaskConfig
+from apr_ray.config import BoundsConfig, TaskConfig
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Group, ThreadTree
@@ -29,7 +29,7 @@ from apr_ray.rl.batches import GrpoBatch, grpo_batch
 from apr_ray.rl.losses import grpo_loss, log_ratio, token_logprobs
 from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 from apr_ray.tasks.countdown.task import CountdownTask
-from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 CLIP, KL, TEMPERATURE = 0.2, 0.05, 1.0
 
@@ -47,7 +47,7 @@ def trees(checkpoint: Path, task: CountdownTask) -> tuple[ThreadTree, ...]:
                     engine,
                     protocol,
                     TreeRequest(problem, sample, seed=10 * i + sample, temperature=TEMPERATURE),
-                    Bounds(max_call_tokens=60, max_tree_tokens=200),
+                    BoundsConfig(max_call_tokens=60, max_tree_tokens=200),
                     tree_id=f"t{i}{sample}",
                 )
                 for i, problem in enumerate(task.problems("train", 3, 0))

@@ -146,9 +146,11 @@ def test_doctor_lists_what_is_there() -> None:
 def test_solve_works_without_ray(checkpoint: Path) -> None:
     code = (
         "import sys, apr_ray\n"
-        f"s = apr_ray.solve({{'numbers': [3, 5, 7], 'target': 22}}, {str(checkpoint)!r})\n"
+        f"s = apr_ray.solve({{'numbers': [3, 5, 7], 'target': 22}}, (s_model := {str(checkpoint)!r}))\n"
         "assert s.tree.calls and not s\n"
         "assert 'ray' not in sys.modules\n"
+        "async def notebook(): return apr_ray.solve('3 5 7 -> 22', s_model)\n"
+        "assert __import__('asyncio').run(notebook()).tree.calls\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AprError, match=r"no checkpoint|does not say"):

@@ -74,6 +74,25 @@ def test_a_share_of_the_childrens_sequences_is_shown_anew_each_epoch() -> None:
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize(("count", "batch_tokens"), [(300, 400), (3000, 4_000), (3000, 20_000), (3000, 60_000)])
+def test_batches_are_of_about_the_size_that_was_asked_for(count: int, batch_tokens: int) -> None:
+    """Also those that a window does not fill, at its end or at an epoch's: each is a whole optimiser step."""
+    data = toy(count)
+    total = int(data.lengths.sum())
+    sampler = SftSampler(data, batch_tokens, mask="none", seed=0, ranks=2)
+    sizes = [len(sampler.next("all").tokens) for _ in range(2 * total // batch_tokens)]
+    largest = min(total, batch_tokens)
+    assert min(sizes) > 0.6 * largest
+    assert max(sizes) < 1.5 * largest + 2 * data.lengths.max()
+
+
+def test_other_demonstrations_have_another_fingerprint() -> None:
+    assert toy().fingerprint() == toy().fingerprint()
+    changed = toy()
+    changed.ids[5] += 1
+    assert len({toy().fingerprint(), toy(301).fingerprint(), changed.fingerprint()}) == 3
+
+
 def test_ranks_get_as_many_sequences_each() -> None:
     data = toy(301)
     sampler = SftSampler(data, 400, mask="none", seed=0, ranks=2)
@@ -131,6 +150,15 @@ def test_parquet_does_not_depend_on_the_number_of_workers(
     for name in ("ids", "offsets", "prompts", "child"):
         np.testing.assert_array_equal(getattr(sets[0][1], name), getattr(sets[1][1], name))
     assert len(sets[0][1]) == sets[0][0].sequences
+
+
+def test_demonstrations_none_of_which_fits_are_an_error(
+    ray_local: None, task: CountdownTask, task_config: TaskConfig, tmp_path: Path
+) -> None:
+    data = DataConfig(workers=1, max_sequence_tokens=20)
+    with pytest.raises(AprError, match=r"no demonstration of 3 fits into data\.max_sequence_tokens=20"):
+        write_demonstrations(task.problems("train", 3, 0), task_config, data, 5, tmp_path / "d")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:

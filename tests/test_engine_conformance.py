@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from apr_ray.bench.sglang_process import Server, sglang_server
-from apr_ray.config import EngineConfig, ModelConfig
+from apr_ray.config import BoundsConfig, EngineConfig, ModelConfig
 from apr_ray.core.engine import Chunk, Engine, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError, EngineAsleep, WeightsRejected
 from apr_ray.core.ledger import JoinOutcome, Outcome, ThreadTree
@@ -29,7 +29,7 @@ from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
 from apr_ray.engines.registry import build_engine
 from apr_ray.model.llama import load_policy, new_policy, save_policy
 from apr_ray.model.state import checksum, pack_weights, trainable_parameters
-from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 pytestmark = pytest.mark.timeout(900)
 T = TypeVar("T")
@@ -694,7 +694,7 @@ class Splitting:
 
 
 def run_trees(subject: Subject, count: int) -> None:
-    bounds = Bounds(max_call_tokens=40, max_tree_tokens=400, cancel_on_success=False)
+    bounds = BoundsConfig(max_call_tokens=40, max_tree_tokens=400, cancel_on_success=False)
 
     async def one(number: int) -> ThreadTree:
         prompt = (10, 11, 12, 2 + number % 50, 2 + number // 50)

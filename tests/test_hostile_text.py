@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apr_ray.config import BoundsConfig
 from apr_ray.core.engine import GenerateRequest
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome, Outcome, ThreadTree
@@ -32,7 +33,7 @@ from apr_ray.tasks.countdown.solver import SolverOptions, solve_apr, solve_sosp
 from apr_ray.tasks.countdown.spawn_join import SpawnError
 from apr_ray.tasks.countdown.tokenizer import PHRASES, build_tokenizer
 from apr_ray.tasks.countdown.verifier import extract_answer, verify_solution
-from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 PROBLEM = CountdownProblem((3, 5, 7), 22)
 TOKENIZER = build_tokenizer()
@@ -216,7 +217,7 @@ def reply_to(request: GenerateRequest, rng: random.Random, mutations: int) -> Re
 
 def check_tree(rng: random.Random, mutations: int) -> ThreadTree:
     """A whole tree whose every call writes hostile tokens."""
-    bounds = Bounds(max_depth=2, max_children=3, max_rounds=2, max_call_tokens=1500, max_tree_tokens=8000)
+    bounds = BoundsConfig(max_depth=2, max_children=3, max_rounds=2, max_call_tokens=1500, max_tree_tokens=8000)
     engine = ScriptedEngine(lambda request: reply_to(request, rng, mutations), context_tokens=2500, chunk_tokens=256)
     protocol = CountdownProtocol(TOKENIZER, max_depth=2)
     tree = asyncio.run(run_tree(engine, protocol, TreeRequest(PROBLEM), bounds, tree_id="t"))

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 
 from apr_ray.config import LearnerConfig, ModelConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
+from apr_ray.core.errors import AprError
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.device import init_process_group, multiplies_bf16
 from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, merge
@@ -358,13 +359,20 @@ class Alone:
     cases: list[list[Learned]]
     asleep_between_steps: list[list[Learned]]
     in_bf16: list[tuple[Any, ...]]
+    not_finite: list[tuple[Any, ...]]
+    last_norm: list[np.ndarray[Any, Any]]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    jobs = [*(partial(learn, case) for case in (*CASES, *ASLEEP_BETWEEN_STEPS)), steps_in_bf16]
+    jobs = [
+        *(partial(learn, case) for case in (*CASES, *ASLEEP_BETWEEN_STEPS)),
+        steps_in_bf16,
+        a_step_that_is_not_finite,
+        steps_of_the_last_norm,
+    ]
     found = run_group(1, jobs, tmp_path_factory.mktemp("alone"))
-    return Alone(found[: len(CASES)], found[len(CASES) : -1], found[-1][0])
+    return Alone(found[: len(CASES)], found[len(CASES) : -3], *(of[0] for of in found[-3:]))
 
 
 @pytest.mark.timeout(1200)
@@ -416,6 +424,69 @@ def test_a_step_in_bfloat16_is_one_inside_deepspeed(alone: Alone) -> None:
         assert rough[0] != exact[0], f"ZeRO stage {zero}: computed in float32"
         assert rough[1] != exact[1], f"ZeRO stage {zero}: computed in float32"
         assert rough == pytest.approx((entropy, loss), rel=1e-4), f"ZeRO stage {zero}"
+
+
+def a_step_that_is_not_finite(rank: int, world: int, folder: Path) -> list[tuple[Any, ...]]:
+    """A job: at each ZeRO stage, what a step on a batch with a NaN says, and whether the weights are as they were."""
+    batch, found = batches()[0], []
+    broken = replace(batch, loss_weights=batch.loss_weights.copy())
+    broken.loss_weights[5] = np.nan
+    for zero in range(4):
+        learner = LearnerConfig(zero_stage=zero, zero3_whole_parameters=100)  # type: ignore[arg-type]
+        trainer = Trainer(new_policy(MODEL, build_tokenizer(), 0), learner, OptimizerConfig(learning_rate=RATE))
+        before, said = trainer.weights(version()).flat.copy(), ""
+        try:
+            trainer.sft_step(broken, RATE)
+        except AprError as error:
+            said = str(error)
+        found.append((zero, said, np.array_equal(before, trainer.weights(version()).flat)))
+    return found
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_nothing(alone: Alone) -> None:
+    for zero, said, unchanged in alone.not_finite:
+        assert "no step was taken" in said, f"ZeRO stage {zero}"
+        assert unchanged, f"ZeRO stage {zero}"
+
+
+LAST_NORM = OptimizerConfig(learning_rate=RATE, eps=1e-4, grad_clip=0.5, final_norm_scale=80)
+
+
+def steps_of_the_last_norm(rank: int, world: int, folder: Path) -> list[np.ndarray[Any, Any]]:
+    """A job: the weights after two steps with `final_norm_scale`, a load before the second, by ZeRO stage."""
+    found = []
+    for zero in range(4):
+        learner = LearnerConfig(zero_stage=zero, zero3_whole_parameters=100)  # type: ignore[arg-type]
+        trainer = Trainer(new_policy(MODEL, build_tokenizer(), 0), learner, LAST_NORM)
+        trainer.sft_step(batches()[0], RATE)
+        trainer.save(folder / str(zero))
+        trainer.load(folder / str(zero))
+        trainer.sft_step(batches()[1], RATE / 2)
+        found.append(trainer.weights(version()).flat.copy())
+    return found
+
+
+def test_the_last_norms_gains_have_a_rate_of_their_own(alone: Alone) -> None:
+    policy: Any = new_policy(MODEL, build_tokenizer(), 0)
+    last = policy.model.norm.weight
+    groups = [
+        {"params": [p for p in policy.parameters() if p is not last], "eps": 1e-4},
+        {"params": [last], "eps": 1e-8},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
+    for batch, rate in zip(batches()[:2], (RATE, RATE / 2), strict=True):
+        for group, scale in zip(optimizer.param_groups, (1, 80), strict=True):
+            group["lr"] = rate * scale
+        for a, b in pairwise(batch.offsets):
+            tokens, weights = (torch.from_numpy(c[a:b])[None] for c in (batch.tokens, batch.loss_weights))
+            (-(weights * token_logprobs(policy(tokens).logits, tokens)).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.cat([p.detach().reshape(-1) for p in policy.parameters()]).numpy()
+    for zero, found in enumerate(alone.last_norm):
+        off = float(np.abs(found - expected).max() / np.abs(expected).max())
+        assert off < 1e-5, f"ZeRO stage {zero}: weights are off by {off:.1e} of the largest"
 
 
 @pytest.mark.slow

@@ -75,6 +75,10 @@ def test_an_unknown_format_or_a_cut_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(text[: len(text) // 2])
     with pytest.raises(AprError, match=":1 is not JSON"):
         list(read_trees(tmp_path / "t.jsonl"))
+    for line, said in (("[1]", "not a tree"), ('{"format": 99}', "tree format is 99"), ('{"format": 1}', "malformed")):
+        (tmp_path / "t.jsonl").write_text(text + line + "\n")
+        with pytest.raises(AprError, match=rf"t\.jsonl:2: {said}"):
+            list(read_trees(tmp_path / "t.jsonl"))
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))

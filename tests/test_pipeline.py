@@ -70,7 +70,7 @@ def test_every_phase_leaves_its_policy_and_only_known_metrics(finished: RunDir) 
 
 def test_supervised_training_is_evaluated_and_its_best_policy_kept(finished: RunDir) -> None:
     rows = RunDir(finished.path / "sft", finished.config).metrics()
-    assert [r["step"] for r in rows if "eval/greedy/accuracy" in r] == [6, 12]
+    assert [r["step"] for r in rows if "eval/quick/accuracy" in r] == [6, 12]
     assert (finished.path / "sft" / "best" / "model.safetensors").is_file()
 
 
@@ -111,7 +111,7 @@ def test_a_colocated_supervised_run_learns_the_same_beside_engines_that_sleep(
     config = config.model_copy(update={"placement": PlacementConfig(mode="colocated")})
     run = RunDir.create(config, "sft")
     policy = train_sft(config, run, finished.path / "data", QUIET)
-    assert [r["step"] for r in run.metrics() if "eval/greedy/accuracy" in r] == [6, 12]
+    assert [r["step"] for r in run.metrics() if "eval/quick/accuracy" in r] == [6, 12]
     unbroken = finished.path / "sft" / "final"
     assert (policy / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 

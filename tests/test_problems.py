@@ -55,6 +55,15 @@ def test_a_split_that_is_too_small_says_how_many_it_has() -> None:
         SMALL.sample("heldout", 100_000, seed=0)
 
 
+def test_a_sampled_split_that_is_too_small_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its problems come again and again, and there are no others."""
+    monkeypatch.setattr("apr_ray.tasks.countdown.problem.ENUMERATED_MULTISETS", 0)
+    monkeypatch.setattr("apr_ray.tasks.countdown.problem.MOST_MISSES", 2000)
+    tiny = ProblemSpace(count=2, low=1, high=3, target_low=3, target_high=4)
+    with pytest.raises(AprError, match=r"holds [1-9] solvable problems that could be found, 1000 were asked for"):
+        tiny.sample("train", 1000, seed=0)
+
+
 @pytest.mark.parametrize(
     ("numbers", "target", "what"),
     [((1,), 5, "1 numbers"), ((1, 2, 3, 4, 5, 6, 7), 5, "7 numbers"), ((1, -2), 5, "negative")],

@@ -307,9 +307,38 @@ def test_prompts_joined_and_forced_tokens_have_no_weight() -> None:
     np.testing.assert_allclose(batch.loss_weights[:7], [0, 0, 0, 1 / 6, 0, 1 / 6, 1 / 6], rtol=1e-6)
     np.testing.assert_array_equal(batch.tokens[:7], [7, 8, 9, 1, 2, 3, 4])
     np.testing.assert_allclose(batch.behaviour_logprobs[:7], [0, 0, 0, -0.1, 0, -0.3, -0.4], rtol=1e-6)
-    np.testing.assert_array_equal(batch.position_ids[:7], range(7))
     np.testing.assert_array_equal(batch.versions[:7], [0, 0, 0, 6, 7, 7, 7])
     np.testing.assert_array_equal(batch.trees, [0, 1])
+
+
+def test_a_tree_whose_engine_failed_says_nothing_of_the_policy() -> None:
+    """Seven trees that solved and one whose engine died: nothing to learn from, no matter what it wrote."""
+
+    def tree(sample: int, outcome: Outcome, reward: float) -> ThreadTree:
+        call = Call(
+            (), 0, (7,), (1, 2), (-0.1, -0.2), (), (), FinishReason.STOP,
+            (VersionSpan(V0, 0, 2),), V0, 0, 0, 0.0, 0.0, 0.0, "e",
+        )  # fmt: skip
+        return ThreadTree("p", sample, (call,), (), (), "", outcome, reward=reward)
+
+    solved = [tree(i, Outcome.ANSWERED, 1.0) for i in range(7)]
+    failed = tree(7, Outcome.ENGINE_ERROR, 0.0)
+    found = grpo_batch([Group("p", (*solved, failed)), Group("q", (failed,))], skip_zero_advantage=True)
+    assert len(found.batch) == 0
+    assert found.dispositions == {Disposition.ZERO_ADVANTAGE: 14, Disposition.ERROR: 4}
+    assert (found.zero_variance_groups, found.groups) == (1, 1)
+    two = [tree(0, Outcome.ANSWERED, 1.0), tree(1, Outcome.ANSWERED, 0.0)]
+    without = grpo_batch([Group("p", tuple(two))], skip_zero_advantage=True)
+    beside = grpo_batch([Group("p", (failed, *two))], skip_zero_advantage=True)
+    np.testing.assert_array_equal(without.batch.loss_weights, beside.batch.loss_weights)
+    np.testing.assert_array_equal(without.batch.advantages, beside.batch.advantages)
+
+
+def test_groups_of_one_reward_are_counted_whatever_the_advantage_is() -> None:
+    for reward in (0.0, 1.0):
+        trees = tuple(ThreadTree("p", i, (), (), (), "", Outcome.ANSWERED, reward=reward) for i in range(2))
+        found = grpo_batch([Group("p", trees)], skip_zero_advantage=True, advantage_kind="success")
+        assert found.zero_variance_groups == 1
 
 
 def test_a_tree_without_a_reward_cannot_be_trained_on() -> None:

@@ -14,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from apr_ray.cli import explain
-from apr_ray.config import Config, load_config
+from apr_ray.config import load_config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.training.run_dir import LoopState, RunDir, find_policy
 
@@ -27,6 +27,7 @@ def write(run: RunDir, step: int) -> None:
     with run.checkpoint(LoopState(step=step, version=f"0.{step}")) as folder:
         (folder / "policy").mkdir()
         (folder / "policy" / "config.json").write_text(str(step))
+        (folder / "optimizer").mkdir()
 
 
 def test_the_newest_checkpoint_is_found_with_a_new_incarnation(tmp_path: Path) -> None:
@@ -39,6 +40,14 @@ def test_the_newest_checkpoint_is_found_with_a_new_incarnation(tmp_path: Path) -
     assert found[1].step == 3
     assert found[1].version == "1.3"
     assert len(list((run.path / "checkpoints").iterdir())) == 2, "old checkpoints are removed"
+
+
+def test_a_checkpoint_that_was_written_elsewhere_is_an_error(tmp_path: Path) -> None:
+    """As by ranks of other machines, where `run.root` is not shared."""
+    run = run_in(tmp_path)
+    with pytest.raises(AprError, match=r"another machine.*storage that all nodes share"), run.checkpoint(LoopState()):
+        pass
+    assert run.latest() is None
 
 
 @pytest.fixture
@@ -135,7 +144,17 @@ def test_a_changed_config_is_refused_by_naming_the_difference(tmp_path: Path) ->
     changed = load_config([run.path / "config.yaml"], ["grpo.group_size=7"])
     with pytest.raises(ConfigError, match=r"grpo\.group_size: 5 -> 7"):
         RunDir.resume(run.path, changed)
-    assert RunDir.resume(run.path, load_config([run.path / "config.yaml"], ["tracking.tracker=none"])).path == run.path
+    with pytest.raises(ConfigError, match=r"run\.seed: 0 -> 7"):
+        RunDir.resume(run.path, load_config([run.path / "config.yaml"], ["run.seed=7"]))
+    for told in ("tracking.tracker=none", "run.root=elsewhere", "run.name=other"):
+        assert RunDir.resume(run.path, load_config([run.path / "config.yaml"], [told])).path == run.path
+
+
+def test_a_run_knows_its_place_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDir.create(load_config([], ["run.root=runs", "run.name=r"]), "test")
+    monkeypatch.chdir("/")
+    assert RunDir.resume(run.path).config.run.root == str(tmp_path / "runs")
 
 
 def test_a_taken_name_and_a_wrong_folder_are_errors(tmp_path: Path) -> None:
@@ -176,7 +195,7 @@ def test_a_checkpoint_knows_which_metrics_came_before_it(tmp_path: Path) -> None
 def test_what_a_killed_run_left_half_done_is_finished_or_undone(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     write(run, 1)
-    run.keep_policy(run.path / "checkpoints" / "step-000001", "best")
+    run.keep_policy(run.path / "checkpoints" / "step-000001" / "policy", "best")
     (run.path / "best").rename(run.path / ".best.old-7")  # between the two renames of a replacement
     for half in ("checkpoints/.step-000002.partial-7", ".best.partial-7", ".final.old-7", "batches/.step-1.partial-7"):
         (run.path / half).mkdir(parents=True)
@@ -189,5 +208,7 @@ def test_what_a_killed_run_left_half_done_is_finished_or_undone(tmp_path: Path) 
     assert list((run.path / "batches").iterdir()) == []
 
 
-def test_the_default_config_is_whole() -> None:
-    assert Config().rollout.workers >= 1
+@pytest.mark.parametrize("temperatures", ["[]", "[1.0, 1]"])
+def test_an_evaluation_has_temperatures_each_once(temperatures: str) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.temperatures.*at least one temperature, each once"):
+        load_config([], [f"evaluation.temperatures={temperatures}"])

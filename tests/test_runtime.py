@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from apr_ray.config import BoundsConfig
 from apr_ray.core.engine import FinishReason, GenerateRequest
 from apr_ray.core.ledger import Disposition, JoinOutcome, Outcome, ThreadTree
 from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
@@ -15,8 +16,8 @@ from apr_ray.tasks.countdown.problem import CountdownProblem
 from apr_ray.tasks.countdown.protocol import CountdownProtocol
 from apr_ray.tasks.countdown.tokenizer import build_tokenizer
 from apr_ray.tasks.countdown.verifier import verify_solution
-from apr_ray.threads.events import CallStarted, Joined, Spawned, ThreadEvent, TokensSampled, TreeEnded
-from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+from apr_ray.threads.events import CallEnded, CallStarted, Joined, Spawned, ThreadEvent, TokensSampled, TreeEnded
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 TOKENIZER = build_tokenizer()
 PROBLEM = CountdownProblem((3, 5, 7), 22)
@@ -86,7 +87,7 @@ def resumed(times: int) -> Callable[[str], bool]:
 
 def run(
     script: Callable[[GenerateRequest], Reply],
-    bounds: Bounds | None = None,
+    bounds: BoundsConfig | None = None,
     max_depth: int = 1,
     context_tokens: int = 4096,
     events: list[ThreadEvent] | None = None,
@@ -98,7 +99,7 @@ def run(
             engine,
             protocol,
             TreeRequest(PROBLEM),
-            bounds or Bounds(),
+            bounds or BoundsConfig(),
             tree_id="t",
             listener=None if events is None else events.append,
         )
@@ -195,18 +196,18 @@ def test_depth_two() -> None:
         (child("#0,0"), Reply(ids(inner + spawn("#0,0,0", level=2)))),
         (resumed(1), Reply(ids("No solution found.\n"))),
     )
-    tree, _ = run(script, Bounds(max_depth=2), max_depth=2)
+    tree, _ = run(script, BoundsConfig(max_depth=2), max_depth=2)
     assert tree.depth == 2
     assert [c.path for c in tree.calls] == [(), (), (0,), (0,), (0, 0)]
     assert tree.outcome is Outcome.NO_ANSWER
-    shallow, _ = run(script, Bounds(max_depth=1), max_depth=2)
+    shallow, _ = run(script, BoundsConfig(max_depth=1), max_depth=2)
     assert shallow.depth == 1
     assert shallow.joins[0].reasons == ("bound_depth",)
 
 
 @pytest.mark.parametrize(("max_depth", "resuming"), [(1, {()}), (2, {(), (0,), (1,)})])
 def test_only_threads_that_may_spawn_may_be_resumed(max_depth: int, resuming: set[tuple[int, ...]]) -> None:
-    tree, engine = run(Script(*HAPPY), Bounds(max_depth=2), max_depth)
+    tree, engine = run(Script(*HAPPY), BoundsConfig(max_depth=2), max_depth)
     asked = {(r.request_id.split("/")[1], r.resumes) for r in engine.requests}
     assert asked == {(".".join(f"{i:03d}" for i in c.path), c.path in resuming) for c in tree.calls}
     assert tree.children == 2
@@ -227,14 +228,14 @@ def test_unknown_ids_are_an_invalid_spawn() -> None:
 @pytest.mark.parametrize(
     ("bounds", "outcome"),
     [
-        (Bounds(max_call_tokens=50), Outcome.TRUNCATED),
-        (Bounds(max_tree_tokens=60), Outcome.BOUND_TOKENS),
-        (Bounds(max_rounds=0), Outcome.BOUND_ROUNDS),
-        (Bounds(max_depth=0), Outcome.BOUND_DEPTH),
-        (Bounds(max_children=1), Outcome.BOUND_CHILDREN),
+        (BoundsConfig(max_call_tokens=50), Outcome.TRUNCATED),
+        (BoundsConfig(max_tree_tokens=60), Outcome.BOUND_TOKENS),
+        (BoundsConfig(max_rounds=0), Outcome.BOUND_ROUNDS),
+        (BoundsConfig(max_depth=0), Outcome.BOUND_DEPTH),
+        (BoundsConfig(max_children=1), Outcome.BOUND_CHILDREN),
     ],
 )
-def test_hitting_a_bound_is_an_outcome(bounds: Bounds, outcome: Outcome) -> None:
+def test_hitting_a_bound_is_an_outcome(bounds: BoundsConfig, outcome: Outcome) -> None:
     """Contract 5."""
     tree, _ = run(Script(*HAPPY), bounds)
     assert tree.outcome is outcome
@@ -249,11 +250,33 @@ def test_endless_children_side_by_side_never_break_the_trees_bound(limit: int) -
     used = []
     for chunk in (1, 7, 64):
         engine = ScriptedEngine(script, 10**6, chunk)
-        bounds = Bounds(max_call_tokens=10**6, max_tree_tokens=limit)
+        bounds = BoundsConfig(max_call_tokens=10**6, max_tree_tokens=limit)
         tree = asyncio.run(run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM), bounds, tree_id="t"))
         assert tree.total_tokens <= limit
         used.append([(c.path, c.segment, c.sampled_tokens) for c in tree.calls])
     assert used[0] == used[1] == used[2], "who was cut depends on the schedule"
+
+
+@pytest.mark.parametrize("limit", [2000, 3000, 5000])
+def test_a_cancelled_child_whose_children_sampled_does_not_break_the_trees_bound(limit: int) -> None:
+    """What its children used counts, though it never took their shares back."""
+    endless = Reply(ids("\n")[:1], endless=True)
+    inner = "\nExploring Operation: 7+8=15, Resulting Numbers: [15]\nGenerated Node #0,1,0: 22:[15] Operation: 7+8=15\n"
+    script = Script(
+        (root, Reply(ids(OPEN + spawn("#0,0", "#0,1")))),
+        (child("#0,1,0"), endless),
+        (child("#0,1"), Reply(ids(inner + spawn("#0,1,0", level=2)))),
+        (child("#0,0"), Reply([*TOKENIZER.encode("\n" * 200), *ids(SOLVED[1:])])),
+        (resumed(1), endless),
+    )
+    bounds = BoundsConfig(max_depth=2, max_call_tokens=10**6, max_tree_tokens=limit, cancel_on_success=True)
+    events: list[ThreadEvent] = []
+    tree, _ = run(script, bounds, max_depth=2, context_tokens=10**6, events=events)
+    assert tree.joins[0].outcomes == (JoinOutcome.SOLVED, JoinOutcome.CANCELLED)
+    assert {c.finish for c in tree.calls if c.path == (1, 0)} == {FinishReason.ABORTED}
+    assert tree.total_tokens <= limit
+    ended = {(e.path, e.segment) for e in events if isinstance(e, CallEnded)}
+    assert ended == {(c.path, c.segment) for c in tree.calls}, "a call began and was never said to end"
 
 
 def test_a_full_context_is_an_outcome() -> None:
@@ -263,14 +286,14 @@ def test_a_full_context_is_an_outcome() -> None:
 
 def test_a_child_that_never_ends_is_cut_and_joins_as_no_solution() -> None:
     endless = Reply(ids("\n")[:1], endless=True)
-    tree, _ = run(Script(HAPPY[0], (child("#0,0"), endless), *HAPPY[2:]), Bounds(max_call_tokens=300))
+    tree, _ = run(Script(HAPPY[0], (child("#0,0"), endless), *HAPPY[2:]), BoundsConfig(max_call_tokens=300))
     assert tree.joins[0].outcomes == (JoinOutcome.NO_SOLUTION, JoinOutcome.NO_SOLUTION)
     assert tree.joins[0].reasons == ("", "truncated")
 
 
 def test_the_clock_ends_a_tree_and_its_children() -> None:
     endless = Reply(ids("\n")[:1], endless=True)
-    bounds = Bounds(max_call_tokens=10**9, max_tree_tokens=10**9, max_seconds=0.2)
+    bounds = BoundsConfig(max_call_tokens=10**9, max_tree_tokens=10**9, max_seconds=0.2)
     tree, _ = run(Script(HAPPY[0], (child("#0,0"), endless), *HAPPY[2:]), bounds, context_tokens=10**9)
     assert tree.outcome is Outcome.BOUND_TIME
     aborted = [c for c in tree.calls if c.finish is FinishReason.ABORTED]
@@ -314,7 +337,7 @@ def test_the_models_own_join_tag_is_replaced_by_a_spawn() -> None:
 
 def test_siblings_of_a_solver_are_cancelled_where_asked() -> None:
     endless = Reply(ids("\n")[:1], endless=True)
-    bounds = Bounds(max_call_tokens=10**6, max_tree_tokens=10**6, cancel_on_success=True)
+    bounds = BoundsConfig(max_call_tokens=10**6, max_tree_tokens=10**6, cancel_on_success=True)
     script = Script(HAPPY[0], HAPPY[1], (child("#0,1"), endless), HAPPY[3])
     tree, _ = run(script, bounds, context_tokens=10**6)
     assert tree.joins[0].outcomes == (JoinOutcome.CANCELLED, JoinOutcome.SOLVED)
@@ -328,7 +351,7 @@ def test_seeds_come_from_the_thread_never_from_the_schedule() -> None:
     for chunk in (1, 3, 1000):
         engine = ScriptedEngine(Script(*HAPPY), chunk_tokens=chunk)
         tree = asyncio.run(
-            run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM, seed=9), Bounds(), tree_id="t")
+            run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM, seed=9), BoundsConfig(), tree_id="t")
         )
         trees.append([(c.path, c.segment, c.seed, c.sampled_ids) for c in tree.calls])
     assert trees[0] == trees[1] == trees[2]
@@ -339,7 +362,7 @@ def test_cancelling_at_every_point_leaves_nothing_in_the_engine() -> None:
     async def turns() -> int:
         engine = ScriptedEngine(Script(*HAPPY))
         task = asyncio.create_task(
-            run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM), Bounds(), tree_id="t")
+            run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM), BoundsConfig(), tree_id="t")
         )
         count = 0
         while not task.done():
@@ -350,7 +373,7 @@ def test_cancelling_at_every_point_leaves_nothing_in_the_engine() -> None:
     async def cancel_after(count: int) -> None:
         engine = ScriptedEngine(Script(*HAPPY))
         task = asyncio.create_task(
-            run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM), Bounds(), tree_id="t")
+            run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM), BoundsConfig(), tree_id="t")
         )
         for _ in range(count):
             await asyncio.sleep(0)

@@ -18,7 +18,6 @@ from apr_ray.tasks.countdown.solver import (
     SOSP_PAPER,
     AprTrace,
     SolverOptions,
-    heuristic,
     solve_apr,
     solve_apr_with,
     solve_sosp,
@@ -87,12 +86,6 @@ def test_a_leaf_is_never_spawned() -> None:
                 assert len(state.numbers) > 1
 
 
-def test_heuristic_is_the_distance_to_the_nearest_factor() -> None:
-    assert heuristic((22, 31, 27), 27) == 5 + 4 + 0
-    assert heuristic((1, 2), 13) == 12 + 11
-    assert heuristic((1, 2), 12) == 1 + 0
-
-
 def test_statistics_match_the_released_solver() -> None:
     """The same 80 problems and beams as in the vectors, 12 seeds each: solved share, children, rounds, lengths."""
     if not VECTORS.is_dir():
@@ -157,7 +150,8 @@ def test_budgets_say_what_a_demonstration_came_to() -> None:
         for ours, theirs in zip(made.sequences, plain.sequences, strict=True):
             assert ours.prompt == (head if ours.kind == "parent" else "") + theirs.prompt
             assert ours.completion == theirs.completion
-    sosp = CountdownTask(CountdownOptions(method="sosp", solver=SOSP_PAPER, budgets=True))
+    sosp = CountdownTask(CountdownOptions(method="sosp", budgets=True))
+    assert sosp.solver == SOSP_PAPER
     bins = set()
     for problem in problems(20):
         (sequence,) = sosp.demonstrate(problem, 0).sequences

@@ -87,6 +87,13 @@ def test_a_spawn_that_cannot_be_followed_has_a_named_reason(text: str, reason: s
     assert caught.value.reason == reason
 
 
+def test_a_spawn_in_the_middle_of_a_line_is_malformed() -> None:
+    """Else the parent's later context would hide where the join begins, and its children's nodes would be its own."""
+    with pytest.raises(sj.SpawnError) as caught:
+        sj.read_spawn_block(block(start(0, "#0,0")), OWN + "Exploring", 1)
+    assert caught.value.reason == "spawn_malformed"
+
+
 def test_a_solved_child_joins_with_its_restated_path_and_nothing_else() -> None:
     result = sj.child_result(CHILD + SOLVED)
     assert result.outcome is JoinOutcome.SOLVED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,40 @@ def test_a_child_whose_worker_dies_goes_on_where_its_parent_is(
     assert [i for c in whole for i in c.token_ids] == [i for c in broken for i in c.token_ids]
     assert [lp for c in whole for lp in c.logprobs] == [lp for c in broken for lp in c.logprobs]
     pool.stop()
+
+
+def test_a_worker_that_dies_after_its_last_token_has_nothing_left_to_draw() -> None:
+    import ray
+
+    from apr_ray.core.engine import Chunk, GenerateRequest, SamplingParams
+    from apr_ray.core.weights import WeightVersion
+
+    last = Chunk((7,), (-0.5,), WeightVersion(0, 0), finish=FinishReason.STOP)
+
+    async def present() -> Chunk:
+        return last
+
+    class Dying:
+        """Tells its last chunk, then is gone."""
+
+        @property
+        def generate(self) -> Dying:
+            return self
+
+        def options(self, **_: object) -> Dying:
+            return self
+
+        async def remote(self, _: GenerateRequest) -> AsyncIterator[Awaitable[Chunk]]:
+            yield present()
+            raise ray.exceptions.RayActorError
+
+    async def collect() -> list[Chunk]:
+        own = ScriptedEngine(lambda asked: Reply((1, 2, 3)))
+        lanes = SpreadEngine(own, 0, [None, Dying()])
+        asked = GenerateRequest("t/000/000-000", (5,), SamplingParams(max_new_tokens=600), thread=(0,))
+        return [chunk async for chunk in lanes.generate(asked)]
+
+    assert asyncio.run(collect()) == [last]
 
 
 def test_an_abandoned_request_is_aborted_where_it_runs(ray_local: None, small_config: Config, checkpoint: Path) -> None:

@@ -87,7 +87,7 @@ def test_code_is_text_to_the_verifier(tmp_path: object) -> None:
 
 
 def test_an_endless_answer_is_refused_by_its_size() -> None:
-    assert not verify_solution(PROBLEM, GOAL + ANSWER * 300 + GOAL)
+    assert verify_answer(PROBLEM, ANSWER + "x" * 20_000).reason == "answer_too_long"
     assert verify_answer(PROBLEM, "x" * 20_001).reason == "answer_too_long"
     assert verify_solution(PROBLEM, "x" * 1_000_001).reason == "text_too_long"
 
@@ -97,12 +97,7 @@ def test_an_endless_answer_is_refused_by_its_size() -> None:
 def test_one_changed_character_never_makes_a_wrong_answer_right(at: int, character: str) -> None:
     altered = ANSWER[:at] + character + ANSWER[at + 1 :]
     verdict = verify_answer(PROBLEM, altered)
-    assert bool(verdict) == (altered == ANSWER or sorted_state_only(altered))
-
-
-def sorted_state_only(text: str) -> bool:
-    """The root's node ids may be any consistent children; nothing else may change and stay right."""
-    return text.replace("#0,1", "#0,0") == ANSWER
+    assert bool(verdict) == (altered == ANSWER)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_ray.config import Config, LearnerConfig, OptimizerConfig, WeightsConfig, load_config
+from apr_ray.core.batch import TrainSequence, lay_out
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import ConfigError, PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.ledger import ThreadTree
@@ -36,7 +37,7 @@ from apr_ray.model.state import (
     trainable_parameters,
 )
 from apr_ray.rl.losses import token_logprobs
-from apr_ray.rollout.pool import RolloutPool
+from apr_ray.rollout.pool import Membership, RolloutPool
 from apr_ray.rollout.worker import _Trees
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.threads.runtime import TreeRequest
@@ -44,7 +45,8 @@ from apr_ray.weights.check import check_engines
 from apr_ray.weights.collective import CollectiveSink, CollectiveSource, CollectiveTransport, Group, Place
 from apr_ray.weights.disk import FileSink, FileSource
 from apr_ray.weights.registry import build_transport
-from apr_ray.weights.transport import receive
+from apr_ray.weights.shared_memory import MemorySink
+from apr_ray.weights.transport import Sending, receive
 
 TRANSPORTS = ("object_store", "collective", "shared_memory", "disk")
 FIRST = WeightVersion(0, 1)
@@ -148,7 +150,7 @@ def test_the_group_reads_shared_parameters_through_every_rank(
     """At ZeRO stage 3, weights, logprobs and the saved policy are the checkpoint's."""
     policy = load_policy(checkpoint)
     expected = pack_weights(trainable_parameters(policy), FIRST)
-    sent = ray.get(learners.weights(FIRST))
+    sent = ray.get(learners.weights(FIRST)[0])
     assert sent.specs == expected.specs
     np.testing.assert_array_equal(sent.flat, expected.flat)
     ids = [5, 6, 7, 8]
@@ -180,18 +182,79 @@ def pid_of(actor: Any) -> int:
 def test_a_worker_that_dies_is_replaced_and_its_successor_gets_the_version(
     name: str, learners: LearnerGroup, pool: RolloutPool, tmp_path: Path
 ) -> None:
-    """The sync goes on with those that are left; who joins late takes the current version before anything else."""
+    """The sync goes on with those that are left; who joins late takes the current version before anything else. Every
+    version has other weights."""
     transport = build_transport(weights_config(name, tmp_path, timeout_s=6.0))
     version, restarts = following(pool), pool.restarts
     transport.broadcast(learners, pool, version)
+    seen = [only(engine_weights(pool))]
+    change(learners)
     os.kill(pid_of(pool.workers[1]), signal.SIGKILL)
     transport.broadcast(learners, pool, version.next())
     wait_until_ready(pool, 2)
-    assert versions(pool) == {str(version.next())}
+    seen.append(only(engine_weights(pool)))
     assert pool.restarts == restarts + 1
+    change(learners)
     transport.broadcast(learners, pool, version.next().next())
-    assert versions(pool) == {str(version.next().next())}
+    seen.append(only(engine_weights(pool)))
+    assert [ran for ran, _ in seen] == [str(version), str(version.next()), str(version.next().next())]
+    assert len({total for _, total in seen}) == 3
     transport.close()
+
+
+def only(values: list[tuple[str, int]]) -> tuple[str, int]:
+    """What both workers have."""
+    [value] = set(values)
+    return value
+
+
+def change(learners: LearnerGroup) -> None:
+    """Take a step."""
+    batch = lay_out([TrainSequence([5, 6, 7, 8], [0.1] * 4) for _ in range(4)])
+    learners.finish_sft_step(learners.submit_sft_step(batch, 1e-2))
+
+
+def test_a_death_that_rollouts_notice_first_does_not_end_the_sync(
+    learners: LearnerGroup, pool: RolloutPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `grpo.overlap` the worker is replaced already when the sync learns that it is dead."""
+    transport = build_transport(weights_config("object_store", tmp_path, timeout_s=6.0))
+    version, restarts, send = following(pool), pool.restarts, transport.send
+    transport.broadcast(learners, pool, version)
+
+    def send_and_lose(learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
+        monkeypatch.undo()
+        os.kill(pid_of(members.workers[1].actor), signal.SIGKILL)
+        sending = send(learners, members, version)
+        while pool.restarts == restarts:
+            pool.stats()
+        return sending
+
+    monkeypatch.setattr(transport, "send", send_and_lose)
+    transport.broadcast(learners, pool, version.next())
+    wait_until_ready(pool, 2)
+    assert versions(pool) == {str(version.next())}
+    transport.close()
+
+
+def test_a_worker_that_holds_the_current_version_joins_with_it(pool: RolloutPool) -> None:
+    """As one may that took it while it became current."""
+    held, _ = pool.workers[0].held_weights.options(num_returns=2).remote()
+    before = versions(pool)
+    ray.get(pool.workers[0].join.remote(held))
+    assert versions(pool) == before
+
+
+def test_memory_that_is_sent_again_leaves_the_version_before_alone() -> None:
+    sink = MemorySink()
+    sink.open()
+    sources = [
+        sink.take(LAYOUT, pieces(np.full(NUMBERS, n, dtype=np.float32), 12), WeightVersion(0, n)) for n in (1, 2)
+    ]
+    sink.take(LAYOUT, pieces(np.full(NUMBERS, 2, dtype=np.float32), 12), WeightVersion(0, 2))
+    for number, source in enumerate(sources, start=1):
+        assert source is not None
+        assert set(source.fetch().flat.tolist()) == {float(number)}
 
 
 def test_without_a_successor_the_sync_fails_and_the_others_keep_their_version(

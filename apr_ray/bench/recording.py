@@ -28,7 +28,7 @@ from apr_ray.engines.torch_engine.rows import Running
 from apr_ray.model.llama import new_policy
 from apr_ray.model.state import trainable_parameters
 from apr_ray.tasks.registry import load_task
-from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 Replies = Mapping[tuple[int, ...], tuple[int, ...]]
 """What follows each prompt."""
@@ -69,13 +69,12 @@ def record(trees: int, config: Config | None = None) -> Recording:
         if len(requests) < trees and not made.keys() & replies.keys():  # a prompt must have one reply
             replies |= made
             requests.append(TreeRequest(problem, seed=len(requests)))
-    bounds = Bounds(**config.bounds.model_dump())
     context = config.model.context_tokens
     engine = ScriptedEngine(lambda asked: Reply(replies[asked.prompt_ids]), context)
 
     async def run() -> list[ThreadTree]:
         return [
-            await run_tree(engine, task.protocol(tokenizer), request, bounds, tree_id=f"recorded-{i:06d}")
+            await run_tree(engine, task.protocol(tokenizer), request, config.bounds, tree_id=f"recorded-{i:06d}")
             for i, request in enumerate(requests)
         ]
 

@@ -98,8 +98,8 @@ class TimedWorker(RolloutWorker):
         self.parts = getattr(self, "parts", {})
         self.parts[index] = part.copy()
 
-    async def receive_flat(self, place: Place, size: int) -> int:
-        """One flat broadcast and nothing else; returns a checksum of what came last time."""
+    async def receive_flat(self, place: Place, size: int) -> None:
+        """One flat broadcast and nothing else."""
         if not hasattr(self, "group"):
             import torch
             import torch.distributed as dist
@@ -107,12 +107,16 @@ class TimedWorker(RolloutWorker):
             self.group = Group(place, dist.TCPStore(*place.address, is_master=False))  # type: ignore[attr-defined]
             self.flat = torch.zeros(size)
         await asyncio.to_thread(lambda: self.group.finish(self.group.broadcast(self.flat)))
-        return 0
 
     async def checksums(self) -> tuple[int, int]:
         """Of what the broadcast brought, and of what came tensor by tensor."""
         parts = np.concatenate([self.parts[i].ravel() for i in sorted(self.parts)])
         return checksum(self.flat.numpy()), checksum(parts)
+
+    async def held_checksum(self) -> int:
+        """Of the weights that the engine was given last."""
+        assert self.held is not None
+        return checksum(self.held.flat)
 
     async def decode_s(self, updates: bool) -> float:
         """Seconds for `DECODING` requests of `DECODED_TOKENS` tokens each.
@@ -209,10 +213,16 @@ def _timed(
     without, longer = [], []
     for _ in turns("decoding with and without an update", min(repeats, DECODE_PAIRS)):
         version = version.next()
-        wait_for_all(receive(pool.membership().workers, learners.weights(version)), None, "a sync")
+        update, _ = learners.weights(version)
+        wait_for_all(receive(pool.membership().workers, update), config.weights.timeout_s, "a sync")
         with_update = max(ray.get([worker.decode_s.remote(True) for worker in pool.workers]))
         without.append(max(ray.get([worker.decode_s.remote(False) for worker in pool.workers])))
         longer.append(with_update - without[-1])
+    differing = sum(pair != (expected, expected) for pair in arrived)
+    for name in TRANSPORTS:
+        expected = ray.get(learners.actors[0].__ray_call__.remote(_change_weights))
+        sync(name)
+        differing += sum(held != expected for held in ray.get([w.held_checksum.remote() for w in pool.workers]))
     result = {
         "gloo_ms": 1000 * times["gloo"],
         "per_tensor_ms": 1000 * times["per_tensor"],
@@ -222,7 +232,7 @@ def _timed(
         "decode_without_update_ms": 1000 * statistics.median(without),
         "learner_peak_mb": ray.get(learners.actors[0].__ray_call__.remote(lambda actor: peak_mb())),
         "worker_peak_mb": max(ray.get([worker.peak_mb.remote() for worker in pool.workers])),
-        "differing_receivers": float(sum(pair != (expected, expected) for pair in arrived)),
+        "differing_receivers": float(differing),
     }
     for name in TRANSPORTS:
         result |= {
@@ -249,6 +259,14 @@ def _send_flat(actor: Any) -> None:
     if sink.group is None:
         sink.group = Group(sink.place, sink.store)
     sink.group.finish(sink.group.broadcast(actor.flat))
+
+
+def _change_weights(actor: Any) -> int:
+    """Other weights from now on; returns their checksum."""
+    for _, parameter in trainable_parameters(actor.trainer.policy):
+        parameter.data.mul_(1.01)
+    changed: int = actor.trainer.weights(WeightVersion(0, 0)).checksum
+    return changed
 
 
 def _put_each(actor: Any) -> list[Any]:

@@ -30,7 +30,7 @@ from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool, calls_at_once
-from apr_ray.rollout.worker import RolloutWorker, bounds_of
+from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import TreeRequest, run_tree
 
@@ -227,7 +227,7 @@ def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest], 
 
             async def one(number: int, request: TreeRequest) -> ThreadTree:
                 async with places:
-                    bounds = bounds_of(config.bounds)
+                    bounds = config.bounds
                     return await run_tree(engine, protocol, request, bounds, tree_id=f"text-{number}")  # type: ignore[arg-type]
 
             return list(await asyncio.gather(*(one(n, request) for n, request in enumerate(requests))))

@@ -1,6 +1,6 @@
 """The one typed configuration: its settings, and how files and overrides become one."""
 
-from apr_ray.config.loading import differences, load_config, parse_config, parse_options, to_yaml
+from apr_ray.config.loading import config_of, differences, load_config, parse_config, parse_options, to_yaml
 from apr_ray.config.settings import (
     BoundsConfig,
     Config,
@@ -35,6 +35,7 @@ __all__ = [
     "SftConfig",
     "TaskConfig",
     "WeightsConfig",
+    "config_of",
     "differences",
     "load_config",
     "parse_config",

@@ -63,6 +63,11 @@ def to_yaml(config: Config) -> str:
     return text
 
 
+def config_of(policy: Path) -> Path | None:
+    """The config of the run that a policy folder lies in, if it lies in one."""
+    return next((p / "config.yaml" for p in policy.resolve().parents[:3] if (p / "config.yaml").is_file()), None)
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """`a.b: 1 -> 2` for every leaf that differs."""
 
@@ -101,13 +106,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forbid_unknown(kind: Any, options: Mapping[str, Any], prefix: str) -> None:
-    """Dataclasses accept no extra="forbid" of their own; nested ones are walked by their defaults."""
+    """Dataclasses accept no extra="forbid" of their own; nested ones are walked by their types."""
     hints = typing.get_type_hints(kind)
     for key, value in options.items():
         if key not in hints:
             raise _unknown_key(f"{prefix}.{key}", key, list(hints))
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _forbid_unknown(hints[key], value, f"{prefix}.{key}")
+        for nested in (hints[key], *typing.get_args(hints[key])):  # of `A | None` too
+            if dataclasses.is_dataclass(nested) and isinstance(value, Mapping):
+                _forbid_unknown(nested, value, f"{prefix}.{key}")
 
 
 def _unknown_key(path: str, key: str, known: Sequence[str]) -> ConfigError:

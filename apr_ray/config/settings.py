@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -19,6 +19,7 @@ def _part_of_one_or_whole(gpus: float) -> float:
     return gpus
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Gpus = Annotated[Rate, AfterValidator(_part_of_one_or_whole)]
 
 
@@ -111,9 +112,9 @@ class OptimizerConfig(Section):
     """Learning rate at the end over its peak."""
     weight_decay: Rate = 0.01
     """Decoupled, of all parameters."""
-    beta1: Fraction = 0.9
+    beta1: Beta = 0.9
     """Decay of the first moment."""
-    beta2: Fraction = 0.95
+    beta2: Beta = 0.95
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment. Where it is larger than that root, steps are in proportion to the
@@ -236,8 +237,8 @@ class BoundsConfig(Section):
     """Levels of children; 0 forbids spawning."""
     max_children: Positive = 16
     """Children per spawn."""
-    max_rounds: Positive = 8
-    """Spawn rounds per thread."""
+    max_rounds: Count = 8
+    """Spawn rounds per thread; 0 forbids spawning."""
     max_call_tokens: Positive = 1024
     """Sampled tokens of one call."""
     max_tree_tokens: Positive = 16_384
@@ -439,6 +440,13 @@ class EvalConfig(Section):
     traced_trees: Count = 3
     """Trees per evaluation that go to the tracker as traces."""
 
+    @field_validator("temperatures")
+    @classmethod
+    def _some_and_distinct(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        if not temperatures or len(set(temperatures)) < len(temperatures):
+            raise ValueError("give at least one temperature, each once")
+        return temperatures
+
 
 class TrackingConfig(Section):
     """Where metrics go."""
@@ -458,7 +466,7 @@ class RunConfig(Section):
     """Folder that holds all runs and the MLflow database."""
     name: str | None = None
     """Folder under `root`; made from the command and the time where not given."""
-    seed: int = 0
+    seed: Count = 0
     """Decides problems, demonstrations, initial weights and every draw."""
 
 

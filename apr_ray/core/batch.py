@@ -15,7 +15,7 @@ COLUMNS = {
     "behaviour_logprobs": np.float32,
     "versions": np.int32,
 }
-"""What a sequence has per token, besides its ids and positions."""
+"""What a sequence has per token, besides its ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,6 @@ class TrainBatch:
         loss_weights: float32 [N]; weight of predicting token t from those before it; 0 at a sequence's first token.
         advantages: float32 [N].
         behaviour_logprobs: float32 [N]; what the engine reported when it drew the token.
-        position_ids: int32 [N]; 0, 1, … within each sequence.
         versions: int32 [N]; counter of the weight version that drew the token, of the learner's own incarnation.
         trees: int32 [S]; which tree a sequence is a call of.
         offsets: int64 [S + 1].
@@ -41,7 +40,6 @@ class TrainBatch:
     loss_weights: Array
     advantages: Array
     behaviour_logprobs: Array
-    position_ids: Array
     versions: Array
     trees: Array
     offsets: Array
@@ -83,10 +81,8 @@ def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:
     size = int(offsets[-1])
     tokens = np.empty(size, dtype=np.int64)
     columns: dict[str, Array] = {name: np.zeros(size, dtype=kind) for name, kind in COLUMNS.items()}
-    position_ids = np.empty(size, dtype=np.int32)
     for sequence, start, end in zip(sequences, offsets[:-1], offsets[1:], strict=True):
         tokens[start:end] = sequence.tokens
-        position_ids[start:end] = np.arange(end - start)
         for name, column in columns.items():
             values = getattr(sequence, name)
             if values is not None:
@@ -94,7 +90,6 @@ def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:
         columns["loss_weights"][start] = 0.0  # nothing precedes the first token
     return TrainBatch(
         tokens=tokens,
-        position_ids=position_ids,
         trees=np.array([s.tree for s in sequences], dtype=np.int32),
         offsets=offsets,
         trained_tokens=int(np.count_nonzero(columns["loss_weights"])),

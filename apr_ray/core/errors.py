@@ -44,7 +44,7 @@ class SyncFailed(AprError):
 
     Args:
         dead: why each part died that died, by name.
-        others: whether parts are missing that did not die.
+        others: whether parts failed that did not die.
     """
 
     def __init__(

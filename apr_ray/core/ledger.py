@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Protocol
@@ -190,7 +190,6 @@ class ThreadTree:
     invalid_spawns: int = 0
     reward: float | None = None
     verdict: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def total_tokens(self) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome, Outcome, Problem
+
+REASON = re.compile("[a-z0-9_-]+")
 
 
 class Tokenizer(Protocol):
@@ -31,10 +35,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Truthy iff solved; otherwise `reason` names why not."""
+    """Truthy iff solved; otherwise `reason` names why not, in a-z, digits, _ and -: it is part of metrics' names."""
 
     solved: bool
     reason: str
+
+    def __post_init__(self) -> None:
+        if not REASON.fullmatch(self.reason):
+            raise AprError(f"a verdict's reason is {self.reason[:80]!r}", "Use letters a-z, digits, _ and -")
 
     def __bool__(self) -> bool:
         return self.solved

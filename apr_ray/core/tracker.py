@@ -1,9 +1,8 @@
-"""Where metrics, files and trees of a run are kept."""
+"""Where metrics and trees of a run are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from apr_ray.core.ledger import ThreadTree
@@ -22,10 +21,6 @@ class Tracker(Protocol):
 
     def log_trees(self, trees: Sequence[ThreadTree], step: int) -> None:
         """Record trees as traces with their real times."""
-        ...
-
-    def log_artifact(self, path: Path) -> None:
-        """Keep a file or a folder."""
         ...
 
     def finish(self, status: str = "FINISHED") -> None:

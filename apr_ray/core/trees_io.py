@@ -6,6 +6,7 @@ The version grows when a reader of the old form would misread the new one; reade
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ def tree_to_json(tree: ThreadTree) -> dict[str, Any]:
         "reward": tree.reward,
         "verdict": tree.verdict,
         "final_text": tree.final_text,
-        "meta": dict(tree.meta),
         "calls": [_call_to_json(call) for call in tree.calls],
         "spawns": [
             {"path": s.path, "segment": s.segment, "children": s.children, "labels": s.labels} for s in tree.spawns
@@ -71,8 +71,10 @@ def _call_to_json(call: Call) -> dict[str, Any]:
     }
 
 
-def tree_from_json(data: dict[str, Any]) -> ThreadTree:
+def tree_from_json(data: Any) -> ThreadTree:
     """Inverse of `tree_to_json`. Raises AprError on another format version or a malformed object."""
+    if not isinstance(data, dict):
+        raise AprError(f"not a tree: {str(data)[:80]!r}", "A line holds one JSON object, as apr-ray writes them")
     if data.get("format") != FORMAT_VERSION:
         raise AprError(
             f"tree format is {data.get('format')!r}, this version reads {FORMAT_VERSION}",
@@ -104,9 +106,8 @@ def tree_from_json(data: dict[str, Any]) -> ThreadTree:
             invalid_spawns=data["invalid_spawns"],
             reward=data["reward"],
             verdict=data["verdict"],
-            meta=data["meta"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AprError(f"malformed tree: {error!r}", "The file may be cut off or edited") from error
 
 
@@ -133,10 +134,12 @@ def _call_from_json(data: dict[str, Any]) -> Call:
 
 
 def write_trees(path: Path, trees: Iterable[ThreadTree]) -> None:
-    """Write trees as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
+    """Write trees as JSON lines; the file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
         for tree in trees:
             file.write(json.dumps(tree_to_json(tree), separators=(",", ":")) + "\n")
+    os.replace(partial, path)
 
 
 def read_trees(path: Path) -> Iterator[ThreadTree]:
@@ -147,4 +150,8 @@ def read_trees(path: Path) -> Iterator[ThreadTree]:
                 data = json.loads(line)
             except json.JSONDecodeError as error:
                 raise AprError(f"{path}:{number} is not JSON: {error}", "The file may be cut off") from error
-            yield tree_from_json(data)
+            try:
+                tree = tree_from_json(data)
+            except AprError as error:
+                raise AprError(f"{path}:{number}: {error.what}", error.remedy) from error
+            yield tree

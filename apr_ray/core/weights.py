@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -35,10 +35,6 @@ class WeightVersion:
         if not dot or not incarnation.isdecimal() or not counter.isdecimal():
             raise ValueError(f"not a weight version: {text!r}")
         return cls(int(incarnation), int(counter))
-
-
-StateDict = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
-"""Hugging Face parameter names to arrays."""
 
 
 @dataclass(frozen=True, slots=True)

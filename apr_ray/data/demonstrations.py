@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import xxhash
 
 from apr_ray.config import DataConfig, TaskConfig
 from apr_ray.core.batch import TrainBatch
@@ -78,6 +79,12 @@ def write_demonstrations(
         )
         .write_parquet(str(partial))
     )
+    if not any(partial.glob("*.parquet")):  # Ray writes no file where there is no row
+        shutil.rmtree(partial, ignore_errors=True)
+        raise AprError(
+            f"no demonstration of {len(items)} fits into data.max_sequence_tokens={data.max_sequence_tokens}",
+            "Raise it, or make the searches smaller (task.options.solver)",
+        )
     summary = _summarise(partial, len(items), seed)
     (partial / SUMMARY).write_text(json.dumps(asdict(summary), indent=1))
     shutil.rmtree(out, ignore_errors=True)
@@ -144,7 +151,7 @@ def _schema() -> Any:
             ("solved", pa.bool_()),
             ("given_tokens", pa.int32()),
             ("prompt_tokens", pa.int32()),
-            ("ids", pa.list_(pa.int32())),
+            ("ids", pa.large_list(pa.int32())),  # 2**31 of them may be too few
         ]
     )
 
@@ -152,7 +159,7 @@ def _schema() -> Any:
 def _summarise(directory: Path, asked: int, seed: int) -> DataSummary:
     import pyarrow.compute as pc
 
-    table = _read(directory, ["order", "kind", "solved", "ids"])
+    table = _read(directory, ["order", "kind", "solved"])
     first = table.filter(pc.equal(table["order"], 0))
     return DataSummary(
         trees=first.num_rows,
@@ -160,9 +167,22 @@ def _summarise(directory: Path, asked: int, seed: int) -> DataSummary:
         dropped=asked - first.num_rows,
         sequences=table.num_rows,
         children=int(pc.sum(pc.equal(table["kind"], "child")).as_py() or 0),
-        tokens=int(pc.sum(pc.list_value_length(table["ids"])).as_py() or 0),
+        tokens=_tokens_in(directory),
         seed=seed,
     )
+
+
+def _tokens_in(directory: Path) -> int:
+    """Ids in all files, of which one row group at a time is in memory."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    total = 0
+    for path in directory.glob("*.parquet"):
+        with pq.ParquetFile(str(path)) as file:
+            for batch in file.iter_batches(columns=["ids"]):
+                total += int(pc.sum(pc.list_value_length(batch["ids"])).as_py() or 0)
+    return total
 
 
 def _read(directory: Path, columns: list[str]) -> Any:
@@ -192,6 +212,13 @@ class Demonstrations:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def fingerprint(self) -> str:
+        """A checksum of all arrays: other demonstrations have another."""
+        running = xxhash.xxh3_64()
+        for column in (self.ids, self.offsets, self.given, self.prompts, self.child):
+            running.update(np.ascontiguousarray(column).data)
+        return running.hexdigest()
+
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
         """Tokens per sequence."""
@@ -199,7 +226,7 @@ class Demonstrations:
 
     @classmethod
     def load(cls, directory: Path) -> Demonstrations:
-        """Read a set, in the order (problem, solver seed, sequence) whatever order it was written in."""
+        """Read a set, in the order (solver seed, problem, sequence) whatever order it was written in."""
         place = ["solver_seed", "index", "order"]
         table = _read(directory, [*place, "kind", "given_tokens", "prompt_tokens", "ids"])
         table = table.sort_by([(column, "ascending") for column in place])
@@ -219,8 +246,9 @@ class Demonstrations:
 class SftSampler:
     """Batches in an order that its arguments alone decide, so that a resumed run goes on where it was.
 
-    Sequences are shuffled, cut into windows, sorted by length within each window (little padding), grouped into batches
-    of about `batch_tokens`, and the batches of a window shuffled. In the first phase only children's sequences are
+    Sequences are shuffled, cut into windows of about the same size, sorted by length within each window (little
+    padding), grouped into batches of about the same number of tokens, as near `batch_tokens` as that allows, and the
+    batches of a window shuffled. In the first phase only children's sequences are
     shown: short texts in which the model learns the format and the arithmetic first.
 
     Args:
@@ -231,6 +259,8 @@ class SftSampler:
     """
 
     WINDOW = 1024
+    """Sequences of a window at least, and batches `WINDOW_BATCHES`."""
+    WINDOW_BATCHES = 16
 
     def __init__(
         self,
@@ -272,11 +302,14 @@ class SftSampler:
             rng = np.random.default_rng([self.seed, epoch, phase == "child"])
             shown = child if phase == "child" else ~child | (rng.random(len(child)) < self.child_share)
             order = rng.permutation(np.flatnonzero(shown))
-            for start in range(0, len(order), self.WINDOW):
-                window = order[start : start + self.WINDOW]
+            tokens = int(lengths[order].sum())
+            size = max(self.WINDOW, self.WINDOW_BATCHES * self.batch_tokens * len(order) // max(tokens, 1))
+            for window in np.array_split(order, max(1, round(len(order) / size))):
                 window = window[np.argsort(lengths[window], kind="stable")]
                 ends = np.cumsum(lengths[window])[self.ranks - 1 :: self.ranks]
-                cuts = (np.flatnonzero(np.diff(ends // self.batch_tokens)) + 1) * self.ranks
+                total = int(lengths[window].sum())
+                share = -(-total // max(1, round(total / self.batch_tokens)))
+                cuts = (np.flatnonzero(np.diff((ends - 1) // share)) + 1) * self.ranks
                 batches = np.split(window, cuts)
                 for index in rng.permutation(len(batches)):
                     yield batches[index]

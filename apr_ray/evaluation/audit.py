@@ -20,7 +20,7 @@ import torch
 
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import Call, ThreadTree
+from apr_ray.core.ledger import Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.kept_batch import KeptBatch
 from apr_ray.model.llama import load_policy
@@ -136,7 +136,7 @@ def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
     contexts = good = 0
     skipped = {
         id(tree)
-        for trees in fresh_groups(kept)
+        for trees in used_groups(kept)
         for tree, advantage in zip(trees, advantages(kept, trees), strict=True)
         if _is_skipped(kept, advantage)
     }
@@ -149,7 +149,10 @@ def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
             if id(tree) not in fresh:
                 counts["stale"] += len(drawn) + len(call.replaced)
             else:
-                kind = CUT.get(call.finish) or ("zero_advantage" if id(tree) in skipped else "trained")
+                fate = "zero_advantage" if id(tree) in skipped else "trained"
+                if tree.outcome is Outcome.ENGINE_ERROR:
+                    fate = "error"
+                kind = CUT.get(call.finish, fate)
                 counts[kind] += len(drawn)
                 counts["replaced"] += len(call.replaced)
             faults += not _is_whole(call, vocabulary)
@@ -188,7 +191,7 @@ def _is_whole(call: Call, vocabulary: int) -> bool:
 def advantages(kept: KeptBatch, trees: Sequence[ThreadTree]) -> list[float]:
     """Of the trees of one group: z-scores of their rewards (paper section 3.3), or the rewards themselves."""
     rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
-    if kept.step.advantage == "success":
+    if kept.step.advantage == "success" or not rewards:
         return rewards
     mean, deviation = statistics.fmean(rewards), statistics.pstdev(rewards)
     return [(reward - mean) / deviation if deviation else 0.0 for reward in rewards]
@@ -204,6 +207,11 @@ def fresh_groups(kept: KeptBatch) -> list[tuple[ThreadTree, ...]]:
     size = kept.step.group_size
     groups = [kept.trees[i : i + size] for i in range(0, len(kept.trees), size)]
     return [g for g in groups if all(_is_fresh(kept, span.version) for t in g for c in t.calls for span in c.versions)]
+
+
+def used_groups(kept: KeptBatch) -> list[list[ThreadTree]]:
+    """The fresh groups without the trees whose engine failed: of those nothing is known."""
+    return [[tree for tree in trees if tree.outcome is not Outcome.ENGINE_ERROR] for trees in fresh_groups(kept)]
 
 
 def _is_fresh(kept: KeptBatch, version: WeightVersion) -> bool:
@@ -245,19 +253,19 @@ def recompute(kept: KeptBatch, policy: Any, reference: Any) -> _Sums:
     trees. `step.loss_mean`, `step.ratio` and `step.correction` say where that was departed from.
     """
     sums = _Sums()
-    groups = fresh_groups(kept)
-    fresh = {id(tree) for trees in groups for tree in trees}
+    groups = used_groups(kept)
+    used = {id(tree) for trees in groups for tree in trees}
     trees = parts_of_trees(kept, groups)
     if kept.step.correction != "none":
         trees = with_importance(kept, policy, trees, sums)
-    stale = [_Part(call) for tree in kept.trees if id(tree) not in fresh for call in tree.calls]
-    for part in itertools.chain(*trees, stale):
+    unused = [_Part(call) for tree in kept.trees if id(tree) not in used for call in tree.calls]
+    for part in itertools.chain(*trees, unused):
         _one_call(kept, policy, reference, part, sums)
     return sums
 
 
 def parts_of_trees(kept: KeptBatch, groups: Sequence[Sequence[ThreadTree]]) -> list[list[_Part]]:
-    """Every call of the fresh groups, by tree."""
+    """Every call of the groups, by tree."""
     out = []
     count = sum(map(len, groups))
     tokens_in_all = sum(len(carries_loss(call)) for trees in groups for tree in trees for call in tree.calls)

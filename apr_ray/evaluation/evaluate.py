@@ -35,9 +35,9 @@ class EvalResult:
     high: float
     trees: tuple[ThreadTree, ...]
 
-    def metrics(self) -> dict[str, float]:
-        """By the names in `metrics.names`."""
-        at = f"eval/{mode_name(self.temperature)}/"
+    def metrics(self, mode: str = "") -> dict[str, float]:
+        """By the names in `metrics.names`; of another mode than the temperature's where one is given."""
+        at = f"eval/{mode or mode_name(self.temperature)}/"
         out = {"accuracy": self.accuracy, "accuracy_low": self.low, "accuracy_high": self.high}
         out |= tree_metrics(self.trees)
         out["latency_s"] = sum(t.latency_s for t in self.trees) / len(self.trees)

@@ -11,13 +11,13 @@ from pathlib import Path
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.trees_io import read_trees
 from apr_ray.evaluation.lanes import lanes_of, render_lanes
-
-MODES = (("greedy", "greedy"), ("t1.0", "temperature 1"))
+from apr_ray.metrics.names import mode_title
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The last full evaluation of a phase, per mode: metric name (without prefix) to value."""
+    """The last full evaluation of a phase, per mode (greedy first, then by temperature): value by metric name, without
+    prefix."""
 
     label: str
     step: int
@@ -33,12 +33,13 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 def summarise(grpo: Path) -> tuple[Summary, ...]:
     """The full evaluations before (step 0) and after GRPO; the last alone where there was none before. A full one wrote
     its trees to `eval/`."""
-    steps = sorted({int(p.name.split("-")[1]) for p in (grpo / "eval").glob("step-*.jsonl")})
+    files = [p.stem.split("-", 2)[1:] for p in (grpo / "eval").glob("step-*.jsonl")]
+    steps = sorted({int(step) for step, _ in files})
     rows = read_metrics(grpo)
 
     def at(step: int) -> Summary:
         modes = {}
-        for mode, _ in MODES:
+        for mode in sorted({mode for of, mode in files if int(of) == step}):  # "greedy" before "t…"
             prefix = f"eval/{mode}/"
             found = [r for r in rows if r["step"] == step and prefix + "accuracy" in r]
             if found:
@@ -51,7 +52,7 @@ def summarise(grpo: Path) -> tuple[Summary, ...]:
 def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """Rows of the final table: policy, mode, accuracy with interval, children, total and sequential tokens."""
     rows: list[tuple[str, ...]] = []
-    for mode, name in MODES:
+    for mode in sorted({mode for summary in summaries for mode in summary.modes}):
         for summary in summaries:
             m = summary.modes.get(mode)
             if m:
@@ -60,7 +61,7 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
                 )
                 rows.append(
                     (
-                        name,
+                        mode_title(mode),
                         summary.label,
                         interval,
                         f"{m['children']:.2f}",
@@ -83,7 +84,7 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     after = summaries[-1]
     _plot_accuracy(run / "accuracy.png", summaries)
     _plot_curves(run / "curves.png", read_metrics(sft), read_metrics(grpo))
-    tree = pick_tree(grpo / "eval" / f"step-{after.step:06d}-t1.0.jsonl")
+    tree = pick_tree(sorted((grpo / "eval").glob(f"step-{after.step:06d}-*.jsonl"))[-1])  # at the highest temperature
     if tree is not None:
         _plot_tree(run / "tree.png", tree)
     page = run / "report.html"
@@ -97,12 +98,10 @@ def _page(summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[
     cells = "".join(f"<th>{h}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(summaries))
     failures = ""
-    for mode, name in MODES:
-        reasons = {
-            k.removeprefix("failure/"): v for k, v in after.modes.get(mode, {}).items() if k.startswith("failure/")
-        }
+    for mode, found in after.modes.items():
+        reasons = {k.removeprefix("failure/"): v for k, v in found.items() if k.startswith("failure/")}
         listed = ", ".join(f"{r} {v:.1f} %" for r, v in sorted(reasons.items(), key=lambda i: -i[1]))
-        failures += f"<p>Failures at the end, {name}: {listed or 'none'}.</p>"
+        failures += f"<p>Failures at the end, {mode_title(mode)}: {listed or 'none'}.</p>"
     steps = [r for r in rows if "time/step_s" in r]
     phases = ""
     if steps:
@@ -148,8 +147,7 @@ def _figure(columns: int, width: float = 9.0, height: float = 3.4):  # type: ign
 def _plot_accuracy(path: Path, summaries: Sequence[Summary]) -> None:
     figure, (accuracy, cost) = _figure(2)
     for offset, (summary, colour) in enumerate(zip(summaries, ("#9aa5b1", "#2563eb")[-len(summaries) :], strict=True)):
-        names = [name for mode, name in MODES if mode in summary.modes]
-        found = [summary.modes[mode] for mode, _ in MODES if mode in summary.modes]
+        names, found = [mode_title(mode) for mode in summary.modes], list(summary.modes.values())
         at = [i + 0.38 * offset - 0.19 for i in range(len(names))]
         values = [100 * m["accuracy"] for m in found]
         errors = [

@@ -104,7 +104,7 @@ class LearnerActor:
         update = self.trainer.weights(version)
         return update if self.rank == 0 else None, None
 
-    def open_sink(self, name: str, sink: WeightSink) -> Any:
+    def open_sink(self, name: str, sink: WeightSink) -> tuple[tuple[TensorSpec, ...], Any]:
         """Where `send_weights` will put the weights (rank 0 only); returns what its receivers must know."""
         self.sinks[name] = sink
         return self.trainer.layout(), sink.open()
@@ -210,28 +210,6 @@ class LearnerGroup:
         """The ranks without which rank 0 cannot read the weights: all of them where they share the parameters."""
         return self.actors if self.zero_stage == 3 else self.actors[:1]
 
-    def weights(self, version: WeightVersion) -> Any:
-        """An object reference to the present weights as `version`, once they are packed."""
-        made = [actor.weights.options(num_returns=2).remote(version) for actor in self._needed()]
-        self._all([done for _, done in made])
-        return made[0][0]
-
-    def open_sink(self, name: str, sink: WeightSink) -> tuple[tuple[TensorSpec, ...], Any]:
-        """Give rank 0 a sink; returns the layout of the weights and what the sink's receivers must know."""
-        opened: tuple[tuple[TensorSpec, ...], Any] = self._all([self.actors[0].open_sink.remote(name, sink)])[0]
-        return opened
-
-    def close_sink(self, name: str) -> None:
-        """Close a sink of rank 0."""
-        self._all([self.actors[0].close_sink.remote(name)])
-
-    def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> dict[str, Any]:
-        """Start sending the present weights into an open sink: an object reference per rank that takes part."""
-        return {
-            f"learner-{rank}": actor.send_weights.remote(name, version, piece_numbers)
-            for rank, actor in enumerate(self._needed())
-        }
-
     def save(self, directory: Path) -> None:
         """Write `policy/` and `optimizer/` under a folder."""
         self._all([actor.save.remote(str(directory)) for actor in self.actors])
@@ -239,6 +217,29 @@ class LearnerGroup:
     def load(self, directory: Path) -> None:
         """Read back what `save` wrote."""
         self._all([actor.load.remote(str(directory)) for actor in self.actors])
+
+    # What follows returns at once, with object references: a sync bounds the wait for them.
+
+    def weights(self, version: WeightVersion) -> tuple[Any, dict[str, Any]]:
+        """Start packing the present weights as `version`: a reference to them, and one per rank that takes part,
+        without the weights."""
+        made = [actor.weights.options(num_returns=2).remote(version) for actor in self._needed()]
+        return made[0][0], {f"learner-{rank}": done for rank, (_, done) in enumerate(made)}
+
+    def open_sink(self, name: str, sink: WeightSink) -> Any:
+        """Give rank 0 a sink; the answer is the layout of the weights and what the sink's receivers must know."""
+        return self.actors[0].open_sink.remote(name, sink)
+
+    def close_sink(self, name: str) -> Any:
+        """Close a sink of rank 0."""
+        return self.actors[0].close_sink.remote(name)
+
+    def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> dict[str, Any]:
+        """Start sending the present weights into an open sink: an object reference per rank that takes part."""
+        return {
+            f"learner-{rank}": actor.send_weights.remote(name, version, piece_numbers)
+            for rank, actor in enumerate(self._needed())
+        }
 
     def stop(self) -> None:
         """End the actors and give their places back."""

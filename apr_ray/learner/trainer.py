@@ -8,6 +8,8 @@ gradients over ranks, so each rank's loss is multiplied by the number of ranks.
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ import torch
 
 from apr_ray.config import GrpoConfig, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
+from apr_ray.core.errors import AprError
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.learner.rows import Rows
 from apr_ray.model.llama import load_policy
@@ -290,10 +293,12 @@ class Trainer:
         return plan_micro_batches(lengths, self.learner.micro_batch_tokens, self.world)[self.rank]
 
     def apply(self, learning_rate: float) -> None:
-        """The optimiser step at the end of all micro-batches."""
+        """The optimiser step at the end of all micro-batches. Raises AprError, with the weights as they were, where the
+        gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("scale", 1.0)
-        self.engine.step()
+        self.engine.step()  # at ZeRO stages 1 to 3 it takes no step then, and says so by the norm
+        _require_finite(self.grad_norm())
 
     def grad_norm(self) -> float:
         """Of the last step, before clipping."""
@@ -304,6 +309,7 @@ class Trainer:
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip))
+        _require_finite(self._grad_norm)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -319,6 +325,9 @@ class Trainer:
             offload_optimizer_states(self.adamw, "cpu", pin_memory=True)
         if self.reference is not None:
             self.reference.to("cpu")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or the allocator keeps what was freed from the engine that wakes
 
     def wake(self) -> None:
         """Inverse of `sleep`; must come before the next step."""
@@ -395,6 +404,14 @@ class Trainer:
         path, _ = self.engine.load_checkpoint(str(directory), tag="state")
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {directory}")
+
+
+def _require_finite(grad_norm: float) -> None:
+    if not math.isfinite(grad_norm):
+        raise AprError(
+            f"the gradient's norm is {grad_norm}: no step was taken",
+            "Lower the optimizer's learning_rate or use fp32, and go on from the last checkpoint with --resume RUN",
+        )
 
 
 def parameter_groups(policy: Any, optimizer: OptimizerConfig) -> list[dict[str, Any]]:

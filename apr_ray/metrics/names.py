@@ -1,6 +1,7 @@
 """Every metric, once: name, unit, meaning (contract 10). Trackers take no other name.
 
-Names of evaluations carry their mode in place of `{mode}`: `greedy`, or `t1.0` for temperature 1.
+Names of evaluations carry their mode in place of `{mode}`: `greedy`, or `t1.0` for temperature 1; `quick` for those in
+training, greedy on the first `evaluation.during_training_problems` held-out problems.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/loss", "1", "GRPO loss of the first inner step"),
     Metric("train/grad_norm", "1", "gradient norm before clipping, mean over inner steps"),
     Metric("train/learning_rate", "1", "learning rate of the step"),
-    Metric("train/kl", "nats", "k3 estimate of KL(policy || reference), weighted as the loss is; only with a KL term"),
-    Metric("train/entropy", "nats", "policy entropy, weighted as the loss is"),
+    Metric(
+        "train/kl",
+        "nats",
+        "k3 estimate of KL(policy || reference) at the first inner step, weighted as the loss is; only with a KL term",
+    ),
+    Metric("train/entropy", "nats", "policy entropy over the trained tokens, mean by their weights in the loss"),
     Metric("train/clip_fraction", "fraction", "trained tokens whose ratio was clipped with effect, last inner step"),
     Metric("train/tokens", "tokens", "trained tokens of the step"),
     Metric("train/tokens_per_s", "tokens/s", "trained tokens times inner steps per second of learning"),
@@ -49,7 +54,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("train/mismatch/age_{age}/delta_logprob_mean", "nats", "mean |Δ| over those"),
     Metric("rollout/reward", "1", "mean reward of the step's trees"),
-    Metric("rollout/zero_variance_groups", "fraction", "groups whose trees all had the same reward"),
+    Metric("rollout/zero_variance_groups", "fraction", "groups whose trees all had the same reward, of those used"),
     Metric("rollout/staleness", "versions", "mean age of the weights that trees were drawn under"),
     Metric(
         "rollout/tokens/{reason}", "tokens", "sampled tokens of the step by what becomes of them (docs/architecture)"
@@ -67,6 +72,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/wait_s", "s", "seconds of the step spent waiting for its trees"),
     Metric("time/reward_s", "s", "seconds of the step spent on rewards"),
     Metric("time/learn_s", "s", "seconds of the step spent learning"),
+    Metric("time/keep_s", "s", "seconds of the step spent keeping its batch for the audit"),
     Metric("time/sync_s", "s", "seconds of the step spent sending weights and checking engines"),
     Metric("time/step_s", "s", "seconds of the whole step, without evaluation and checkpoints"),
     Metric("sync/delta_logprob_mean", "nats", "mean |logprob learner - logprob engine| of the check after a sync"),
@@ -84,7 +90,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/{mode}/failure/{reason}", "percent", "trees that failed for this reason"),
 )
 
-HOLES = {r"\{mode\}": "[a-z0-9.]+", r"\{reason\}": "[a-z_]+", r"\{age\}": "[0-9]+"}
+HOLES = {r"\{mode\}": "[a-z0-9.-]+", r"\{reason\}": "[a-z0-9_-]+", r"\{age\}": "[0-9]+"}
 """What stands in a name's place holders, as patterns."""
 
 _PATTERN = re.compile(
@@ -101,5 +107,13 @@ def is_known(name: str) -> bool:
 
 
 def mode_name(temperature: float) -> str:
-    """`greedy` for 0, else `t` and the temperature."""
-    return "greedy" if temperature == 0 else f"t{temperature:.1f}"
+    """`greedy` for 0, else `t` and the temperature: `t1.0`, `t0.25`."""
+    return "greedy" if temperature == 0 else f"t{float(temperature)!r}"
+
+
+def mode_title(mode: str) -> str:
+    """For people: `greedy`, `temperature 1`."""
+    return f"temperature {float(mode[1:]):g}" if mode.startswith("t") else mode
+
+
+QUICK = "quick"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
-from apr_ray.core.ledger import Call, Disposition, Group, ThreadTree
+from apr_ray.core.ledger import Call, Disposition, Group, Outcome, ThreadTree
 from apr_ray.rl.advantages import ADVANTAGES, AdvantageKind
 
 LossMean = Literal["call", "tree", "token"]
@@ -26,11 +26,16 @@ LossMean = Literal["call", "tree", "token"]
 
 @dataclass(frozen=True, slots=True)
 class GrpoBatch:
-    """A batch with what became of every sampled token."""
+    """A batch with what became of every sampled token.
+
+    Attributes:
+        zero_variance_groups: of the `groups` that are used, those whose trees all have the same reward.
+    """
 
     batch: TrainBatch
     dispositions: Counter[Disposition]
     zero_variance_groups: int
+    groups: int
 
 
 def grpo_batch(
@@ -43,6 +48,8 @@ def grpo_batch(
 ) -> GrpoBatch:
     """Trees with rewards as one batch; the same advantage for every call of a tree.
 
+    A tree whose engine failed says nothing of the policy: it is left out, of its group's statistics too.
+
     Args:
         groups: every tree must have its reward.
         skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
@@ -54,14 +61,23 @@ def grpo_batch(
     for group in stale:
         dispositions[Disposition.STALE] += sum(tree.total_tokens for tree in group.trees)
     rated: list[tuple[ThreadTree, float]] = []
-    zero_variance = 0
+    zero_variance = used = 0
     for group in groups:
-        rewards = [tree.reward for tree in group.trees]
-        if any(reward is None for reward in rewards):
+        trees = []
+        for tree in group.trees:
+            if tree.outcome is Outcome.ENGINE_ERROR:
+                counts = tree.dispositions()
+                dispositions[Disposition.ERROR] += counts.pop(Disposition.TRAINED, 0)
+                dispositions.update(counts)
+            else:
+                trees.append(tree)
+        rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
+        if len(rewards) < len(trees):
             raise ValueError(f"group {group.problem_key} has a tree without a reward")
-        advantages = ADVANTAGES[advantage_kind]([float(r) for r in rewards if r is not None])
-        zero_variance += not any(advantages)
-        rated += zip(group.trees, advantages, strict=True)
+        if trees:
+            used += 1
+            zero_variance += len(set(rewards)) == 1
+            rated += zip(trees, ADVANTAGES[advantage_kind](rewards), strict=True)
     calls_of = [_trained_calls(tree) for tree, _ in rated]
     divisors_of = denominators([[len(positions) for _, positions in calls] for calls in calls_of], loss_mean)
     sequences: list[TrainSequence] = []
@@ -74,7 +90,7 @@ def grpo_batch(
         dispositions.update(counts)
         for (call, positions), divisor in zip(calls_of[number], divisors_of[number], strict=True):
             sequences.append(_call_sequence(call, positions, 1.0 / divisor, advantage, number))
-    return GrpoBatch(lay_out(sequences), dispositions, zero_variance)
+    return GrpoBatch(lay_out(sequences), dispositions, zero_variance, used)
 
 
 def denominators(tokens: Sequence[Sequence[int]], loss_mean: LossMean) -> list[list[int]]:

@@ -22,7 +22,7 @@ import ray
 
 from apr_ray.config import Config
 from apr_ray.core.engine import EngineStats
-from apr_ray.core.errors import PartDied, SyncFailed
+from apr_ray.core.errors import PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.parts import DEAD, died, reason
 from apr_ray.placement import Places, worker_places
@@ -62,6 +62,16 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckSample:
+    """A short generation of one worker, to compare with the learner."""
+
+    worker: str
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Membership:
     """The workers that are ready, and a counter that grows whenever they change: what was built of them under an epoch
     (the group of a collective, say) is whole as long as the pool's epoch is the same."""
@@ -80,6 +90,7 @@ class RolloutPool:
         max_restarts: workers that may be replaced in all.
         spread_children: children decode on all workers' engines, not on their parent's alone.
         places: where they are.
+        longest_tree_s: how long a tree may run.
 
     Attributes:
         current: makes an object reference to a source of the weights that all ready workers run, for those that join
@@ -98,6 +109,7 @@ class RolloutPool:
         max_restarts: int = 0,
         spread_children: bool = False,
         places: Places | None = None,
+        longest_tree_s: float = 0.0,
     ) -> None:
         self.members = [Worker(_name(place), actor) for place, actor in enumerate(actors)]
         self.concurrent_trees = concurrent_trees
@@ -108,6 +120,8 @@ class RolloutPool:
         self.epoch = 0
         self.spread_children = spread_children
         self.places = places
+        self.longest_tree_s = longest_tree_s
+        self.replaced: set[str] = set()
         self.changing = threading.RLock()  # rollouts may run in a thread beside a sync (`grpo.overlap`)
         self._changed()
 
@@ -131,7 +145,8 @@ class RolloutPool:
             worker = ray.remote(RolloutWorker).options(**options, **places.options(place))
             return worker.remote(config, checkpoint, name, place)
 
-        pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts, rollout.fan_out == "spread", places)
+        spread, longest_s = rollout.fan_out == "spread", config.bounds.max_seconds
+        pool = cls([], rollout.concurrent_trees, hire, rollout.max_restarts, spread, places, longest_s)
         try:
             for place in range(rollout.workers):
                 pool.members.append(pool._invited(Worker(_name(place), hire(_name(place), place))))
@@ -159,11 +174,19 @@ class RolloutPool:
 
     def sample_for_check(
         self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
-    ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]:
-        """(prompt, sampled ids, logprobs); the prompts are dealt out among the workers, the draws depend on neither."""
-        calls = [ask("sample_for_check", i, prompt, tokens, temperature) for i, prompt in enumerate(prompts)]
-        made = dict(self._spread(calls))
-        return [(prompt, *made[i]) for i, prompt in enumerate(prompts)]
+    ) -> list[CheckSample]:
+        """Short generations of every ready worker: the prompts are dealt out among them, again from the first where
+        there are more workers. One that dies meanwhile is replaced and gives none."""
+        ready = self._ready()
+        running: dict[Any, tuple[int, Worker]] = {}
+        for number in range(max(len(prompts), len(ready))):
+            worker, prompt = ready[number % len(ready)], prompts[number % len(prompts)]
+            running[worker.actor.sample_for_check.remote(number, prompt, tokens, temperature)] = number, worker
+        made = self._answers(running)
+        return [
+            CheckSample(ready[number % len(ready)].name, prompts[number % len(prompts)], *made[number])
+            for number in sorted(made)
+        ]
 
     def _spread(self, calls: Sequence[Callable[[Any], Any]]) -> Iterator[tuple[int, Any]]:
         """Make each call on the least busy worker, and again on another if that one dies; yields (index, answer)."""
@@ -188,17 +211,28 @@ class RolloutPool:
 
     def everywhere(self, call: Callable[[Any], Any]) -> list[Any]:
         """What each ready worker answers to `call(actor)`; one that dies meanwhile is replaced and gives none."""
-        answers = []
-        for worker, reference in [(worker, call(worker.actor)) for worker in self._ready()]:
-            try:
-                answers.append(ray.get(reference))
-            except DEAD as error:
-                self._replace(worker, error)
+        answers = self._answers({call(worker.actor): (i, worker) for i, worker in enumerate(self._ready())})
+        return [answers[i] for i in sorted(answers)]
+
+    def _answers(self, running: dict[Any, tuple[int, Worker]]) -> dict[int, Any]:
+        """What these calls came to, by number; a worker that dies is replaced, its calls have no answer."""
+        answers = {}
+        while running:
+            for reference in self._wait(running):
+                number, worker = running.pop(reference)
+                try:
+                    answers[number] = ray.get(reference)
+                except DEAD as error:
+                    self._replace(worker, error)
         return answers
 
     def sleep(self) -> None:
-        """Have every engine give its memory back; no tree may run."""
-        self.everywhere(ask("sleep"))
+        """Have every engine give its memory back, those of workers that join meanwhile too; no tree may run."""
+        epoch = -1
+        while epoch != self.epoch:
+            self._ready(len(self.members))
+            epoch = self.epoch
+            self.everywhere(ask("sleep"))
 
     def wake(self) -> None:
         """Have every engine take its memory again."""
@@ -228,11 +262,10 @@ class RolloutPool:
                 self._changed()
 
     def replace_dead(self, dead: Mapping[str, Exception]) -> bool:
-        """Replace workers by name; whether there was one to replace."""
-        found = [worker for worker in self.members if worker.name in dead]
-        for worker in found:
+        """Replace workers by name; whether there was one to replace, or was until another of its calls told."""
+        for worker in [worker for worker in self.members if worker.name in dead]:
             self._replace(worker, dead[worker.name])
-        return bool(found)
+        return not self.replaced.isdisjoint(dead)
 
     # --- who is there -----------------------------------------------------------------------------------------------
 
@@ -258,10 +291,10 @@ class RolloutPool:
                 except DEAD as error:
                     self._replace(worker, error)
                     continue
-                except SyncFailed:
+                except (SyncFailed, WeightsRejected):
                     if worker.given is self.current:
                         raise
-                    # what it was given is gone by now
+                    # what it was given is gone by now, or has been written over
                 if worker.given is self.current:
                     worker.joining = None
                     self._changed()
@@ -291,6 +324,7 @@ class RolloutPool:
         if getattr(error, "actor_init_failed", False):
             raise PartDied(f"{what} did not start: {reason(error)}") from error  # the next one would fail alike
         self.restarts += 1
+        self.replaced.add(worker.name)
         ray.kill(worker.actor)  # Ray may only have lost sight of it
         name = f"{worker.name.partition('.')[0]}.{self.restarts}"
         log.warning("%s died: %s; %s takes its place (log: %s)", what, reason(error), name, worker.log)
@@ -301,13 +335,17 @@ class RolloutPool:
     def _wait(self, running: Iterable[Any]) -> list[Any]:
         """The answers that came; waits until one did or a worker joined."""
         awaited = list(running)
-        joining = [worker.joining for worker in self.members if worker.joining is not None]
         since = told = time.monotonic()
-        while not ray.wait([*awaited, *joining], num_returns=1, timeout=TICK_S)[0]:
+        while True:
+            joining = {w.joining: w.name for w in self.members if w.joining is not None}
+            references = [*awaited, *joining]  # another thread may have admitted the last that joined
+            if not references or ray.wait(references, num_returns=1, timeout=TICK_S)[0]:
+                break
             self._tell_who_has_no_place()
             if (now := time.monotonic()) - told >= WAIT_REPORT_S:
                 told = now
-                log.warning("waiting for %d trees and %d workers since %.0f s", len(awaited), len(joining), now - since)
+                names = ", ".join(joining.values()) or "none"
+                log.warning("waiting since %.0f s for %d answers; joining: %s", now - since, len(awaited), names)
         self._tell_who_has_no_place()
         self._admit()
         came: list[Any] = ray.wait(awaited, num_returns=len(awaited), timeout=0)[0] if awaited else []

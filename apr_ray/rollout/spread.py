@@ -52,6 +52,8 @@ class SpreadEngine:
                 sampled += chunk.token_ids
                 yield chunk
         except DEAD:
+            if ended:
+                return
             ended = True
             async for chunk in self.own.generate(_rest_of(request, sampled)):
                 yield chunk

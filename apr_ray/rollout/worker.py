@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from apr_ray.config import BoundsConfig, Config
+from apr_ray.config import Config
 from apr_ray.core.engine import Chunk, Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import ConfigError, SyncFailed
 from apr_ray.core.ledger import ThreadTree
@@ -23,14 +23,9 @@ from apr_ray.model.shared_buffer import memory_source
 from apr_ray.parts import own_log
 from apr_ray.rollout.spread import SpreadEngine
 from apr_ray.tasks.registry import load_task
-from apr_ray.threads.runtime import Bounds, TreeRequest, run_tree
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 log = logging.getLogger(__name__)
-
-
-def bounds_of(config: BoundsConfig) -> Bounds:
-    """The runtime's bounds from the configured ones."""
-    return Bounds(**config.model_dump())
 
 
 def require_mode(mode: str, engine: str, keeps_kv: bool) -> None:
@@ -119,7 +114,7 @@ class RolloutWorker:
         self.received: WeightUpdate | None = None
         self.held: WeightUpdate | None = None
         self.trees = _Trees()
-        self.bounds = bounds_of(config.bounds)
+        self.bounds = config.bounds
         self.started = 0
 
     def new_engine(self, config: Config, checkpoint: str) -> Engine:
@@ -128,10 +123,12 @@ class RolloutWorker:
         return build_engine(config.engine, checkpoint, _exit_with_engine, sleeps=sleeps, place=self.place)
 
     async def join(self, source: WeightSource | None) -> str:
-        """Take the pool's current weights, if they are not the checkpoint's; returns where this worker logs."""
+        """Take the pool's current weights, if they are neither the checkpoint's nor here already; returns where this
+        worker logs."""
         if source is not None:
-            self.held = await asyncio.to_thread(source.fetch)
-            await self.engine.update_weights(self.held)
+            update = await asyncio.to_thread(source.fetch)
+            if self.held is None or update.version != self.held.version:
+                await self._apply(update)
         return own_log()
 
     async def run_tree(self, request: TreeRequest) -> ThreadTree:
@@ -176,6 +173,9 @@ class RolloutWorker:
         update, self.received = self.received, None
         if update is None:
             raise SyncFailed("no weights were received", "Send them before they are applied")
+        await self._apply(update)
+
+    async def _apply(self, update: WeightUpdate) -> None:
         async with self.trees.halted(drain=self.mode == "drain"):
             await self.engine.update_weights(update, keep_kv=self.mode == "in_flight")
         self.held = update

@@ -15,11 +15,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from apr_ray.config import BoundsConfig
 from apr_ray.core.engine import (
     Chunk,
     Engine,
@@ -45,19 +44,6 @@ from apr_ray.threads.events import (
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """Limits of one tree; see `config.BoundsConfig`."""
-
-    max_depth: int = 1
-    max_children: int = 16
-    max_rounds: int = 8
-    max_call_tokens: int = 1024
-    max_tree_tokens: int = 16_384
-    max_seconds: float = 300.0
-    cancel_on_success: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class TreeRequest:
     """One tree to run.
 
@@ -65,7 +51,7 @@ class TreeRequest:
         problem: what is asked.
         sample: which attempt at it.
         seed: every call's seed derives from it, its thread path and its segment: never from scheduling.
-        temperature, top_k, top_p: as in `SamplingParams`.
+        temperature: 0 is greedy.
         budget: conditioning, as the protocol writes it; None for none.
     """
 
@@ -73,10 +59,7 @@ class TreeRequest:
     sample: int = 0
     seed: int = 0
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     budget: int | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 def call_seed(tree_seed: int, path: Path, segment: int, resumption: int) -> int:
@@ -89,7 +72,7 @@ async def run_tree(
     engine: Engine,
     protocol: SpawnJoinProtocol,
     request: TreeRequest,
-    bounds: Bounds,
+    bounds: BoundsConfig,
     *,
     tree_id: str,
     engine_id: str = "local",
@@ -114,7 +97,6 @@ async def run_tree(
         outcome=end.end.outcome,
         detail=end.end.detail,
         invalid_spawns=tree.invalid_spawns,
-        meta=request.meta,
     )
 
 
@@ -154,7 +136,7 @@ class _Tree:
         engine: Engine,
         protocol: SpawnJoinProtocol,
         request: TreeRequest,
-        bounds: Bounds,
+        bounds: BoundsConfig,
         tree_id: str,
         engine_id: str,
         listener: Listener | None,
@@ -200,8 +182,10 @@ class _Tree:
             self.spawns.append(Spawn(path, rounds, paths, tuple(c.label for c in asked.children)))
             self.emit(Spawned(path, paths))
             shares = allowance.share(len(paths))
-            results = await self.run_children(asked, paths, shares)
-            allowance.take_back(shares, len(paths))
+            try:
+                results = await self.run_children(asked, paths, shares)
+            finally:  # a thread that is cancelled here has used its children's shares too
+                allowance.take_back(shares, len(paths))
             joined = self.protocol.join_ids(asked, results, len(path) + 1)
             outcomes = tuple(r.outcome for r in results)
             reasons = tuple(r.reason for r in results)
@@ -299,11 +283,11 @@ class _Tree:
                 resumption += 1
         except asyncio.CancelledError:
             recorder.finish = FinishReason.ABORTED
-            self.calls.append(recorder.call())
             raise
-        call = recorder.call()
-        self.calls.append(call)
-        self.emit(CallEnded(path, segment, call.finish, call.sampled_tokens))
+        finally:
+            call = recorder.call()
+            self.calls.append(call)
+            self.emit(CallEnded(path, segment, call.finish, call.sampled_tokens))
         return call
 
     async def stream(self, recorder: _Recorder, resumption: int, seed: int, budget: int) -> None:
@@ -311,11 +295,9 @@ class _Tree:
         path, segment = recorder.path, recorder.segment
         sampling = SamplingParams(
             self.request.temperature,
-            self.request.top_k,
-            self.request.top_p,
-            budget,
-            self.protocol.stop_ids,
-            seed,
+            max_new_tokens=budget,
+            stop_ids=self.protocol.stop_ids,
+            seed=seed,
         )
         where = ".".join(f"{i:03d}" for i in path)
         request = GenerateRequest(

@@ -1,4 +1,4 @@
-"""MLflow: runs, metrics, artifacts, and trees as traces with their real times."""
+"""MLflow: runs, metrics, and trees as traces with their real times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARAMS_PER_CALL = 100
 
 
 class MlflowTracker:
-    """A run in an MLflow experiment. Raises AprError where its database or server fails during the run.
+    """A run in an MLflow experiment. Raises AprError where its database or server fails.
 
     Args:
         uri: tracking URI; `sqlite:////abs/path.db` needs no server.
@@ -34,26 +34,38 @@ class MlflowTracker:
         mlflow.set_tracking_uri(uri)
         self.mlflow = mlflow
         self.client = mlflow.MlflowClient()
-        found = self.client.get_experiment_by_name(experiment)
-        self.experiment_id = (
-            found.experiment_id
-            if found
-            else self.client.create_experiment(experiment, artifact_location=artifacts.as_uri())
-        )
+        with self._answering():
+            found = self.client.get_experiment_by_name(experiment)
+            self.experiment_id = (
+                found.experiment_id
+                if found
+                else self.client.create_experiment(experiment, artifact_location=artifacts.as_uri())
+            )
         self.run_id = ""
 
     def start(self, name: str, params: Mapping[str, Any], run_id: str | None = None) -> str:
-        """Begin a run; its parameters are the flattened config."""
-        if run_id:
-            self.run_id = run_id
-            self.client.update_run(run_id, status="RUNNING")
-            return run_id
-        run = self.client.create_run(self.experiment_id, run_name=name)
-        self.run_id = run.info.run_id
-        entities = [self.mlflow.entities.Param(k, str(v)[:500]) for k, v in params.items()]
-        for start in range(0, len(entities), PARAMS_PER_CALL):
-            self.client.log_batch(self.run_id, params=entities[start : start + PARAMS_PER_CALL])
+        """Begin a run; its parameters are the flattened config. Where `run_id` is unknown here, as after a change of
+        `tracking.uri`, a new one begins."""
+        with self._answering():
+            if run_id and self._knows(run_id):
+                self.run_id = run_id
+                self.client.update_run(run_id, status="RUNNING")
+                return run_id
+            run = self.client.create_run(self.experiment_id, run_name=name)
+            self.run_id = run.info.run_id
+            entities = [self.mlflow.entities.Param(k, str(v)[:500]) for k, v in params.items()]
+            for start in range(0, len(entities), PARAMS_PER_CALL):
+                self.client.log_batch(self.run_id, params=entities[start : start + PARAMS_PER_CALL])
         return self.run_id
+
+    def _knows(self, run_id: str) -> bool:
+        try:
+            self.client.get_run(run_id)
+        except self.mlflow.MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """One request for a whole step."""
@@ -104,13 +116,6 @@ class MlflowTracker:
             outputs={"text": tree.final_text, "verdict": tree.verdict, "reward": tree.reward},
             end_time_ns=_ns(max(c.end_s for c in tree.calls)),
         )
-
-    def log_artifact(self, path: Path) -> None:
-        """Copy a file, or a folder's files, into the run's artifacts."""
-        if path.is_dir():
-            self.client.log_artifacts(self.run_id, str(path), path.name)
-        else:
-            self.client.log_artifact(self.run_id, str(path))
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run."""

@@ -23,9 +23,6 @@ class NoTracker:
     def log_trees(self, trees: Sequence[ThreadTree], step: int) -> None:
         pass
 
-    def log_artifact(self, path: Path) -> None:
-        pass
-
     def finish(self, status: str = "FINISHED") -> None:
         pass
 

@@ -43,6 +43,7 @@ class Outcome:
     Attributes:
         before, after: accuracy, mean over seeds and problems.
         low, high: 95 % interval of after - before, by a bootstrap over seeds and, within each, problems.
+        steps: taken with each seed; `by_amount` whether any ended for it, before its time.
         lead: GRPO's accuracy less this arm's, on the same problems; `lead_low`, `lead_high` as above.
         stopped: why its runs stopped early, where they did.
     """
@@ -57,6 +58,8 @@ class Outcome:
     lead: float
     lead_low: float
     lead_high: float
+    steps: tuple[int, ...]
+    by_amount: bool
     stopped: str = ""
 
 
@@ -93,15 +96,17 @@ def run_controls(
         "grpo.eval_every=1000000",  # only training counts
         "sft.eval_every=1000000",
         "sft.save_every=1000000",
+        f"sft.tokens={10**15}",  # the clock alone ends it
         "grpo.keep_batches='off'",
     ]
     Demonstrations.load(data)  # what is missing is said before the first arm is trained
     base = load_config(files, overrides)
-    root = Path(base.run.root).resolve() / (base.run.name or "controls")
+    name = base.run.name or "controls"
+    root = Path(base.run.root).resolve() / name
     for seed in range(seeds):
         for arm in arms:
             preset = [] if arm == GRPO else [str(Path(__file__).parents[1] / "presets" / f"control-{arm}.yaml")]
-            own = [f"run.seed={seed}", f"run.name={root.name}/{arm}-{seed}", f"grpo.initial_evaluation={arm == GRPO}"]
+            own = [f"run.seed={seed}", f"run.name={name}/{arm}-{seed}", f"grpo.initial_evaluation={arm == GRPO}"]
             _train(arm, load_config([*files, *preset], [*common, *own]), root / f"{arm}-{seed}", policy, data, bars)
     modes = [mode_name(t) for t in base.evaluation.temperatures]
     return [_outcome(root, arm, mode, seeds) for arm in arms for mode in modes]
@@ -135,21 +140,26 @@ def _judge(run: RunDir, policy: Path, bars: ProgressBars) -> None:
     state = found[1] if found else LoopState()
     with ray_session(config), tracked(config, run, state) as tracker:
         pool, reward = RolloutPool.start(config, str(policy)), RewardClient(config.task)
-        Watch(config, run, tracker, heldout, bars).full_evaluation(pool, reward, state.step)
+        Watch(config, run, tracker, heldout, bars).full_evaluation(pool, reward, state)
         pool.stop()
         reward.stop()
 
 
 def _outcome(root: Path, arm: str, mode: str, seeds: int) -> Outcome:
-    before, after, grpo, stopped = [], [], [], ""
+    before, after, grpo, steps, stopped = [], [], [], [], ""
+    by_amount = False
     for seed in range(seeds):
         first = _rewards(root / f"{GRPO}-{seed}", mode, 0)  # all arms begin with the same policy
         stopped = (root / f"{arm}-{seed}" / "done").read_text()
         before.append(first)
         after.append(first if stopped else _rewards(root / f"{arm}-{seed}", mode, -1))
         grpo.append(_rewards(root / f"{GRPO}-{seed}", mode, -1))
+        run = RunDir.resume(root / f"{arm}-{seed}")
+        found = run.latest()
+        steps.append(found[1].step if found else 0)
+        by_amount |= arm != CONTINUED and steps[-1] >= run.config.grpo.steps
     gain, lead = (_with_interval(a, b) for a, b in ((after, before), (grpo, after)))
-    return Outcome(arm, mode, seeds, _mean(before), _mean(after), *gain[1:], *lead, stopped)
+    return Outcome(arm, mode, seeds, _mean(before), _mean(after), *gain[1:], *lead, tuple(steps), by_amount, stopped)
 
 
 def _with_interval(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[float, float, float]:
@@ -190,7 +200,7 @@ def two_level_interval(gains: Sequence[np.ndarray], draws: int = DRAWS) -> tuple
 
 
 def table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """(arm, mode, before, after, gain, how far GRPO is ahead) in per cent, the last two with their intervals."""
+    """(arm, mode, before, after, gain, how far GRPO is ahead, steps): per cent, gain and lead with their intervals."""
 
     def interval(mean: float, low: float, high: float) -> str:
         return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -199,5 +209,6 @@ def table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     for o in outcomes:
         gain = o.stopped or interval(o.after - o.before, o.low, o.high)
         lead = "" if o.stopped or o.arm == GRPO else interval(o.lead, o.lead_low, o.lead_high)
-        rows.append((o.arm, o.mode, f"{100 * o.before:.1f}", f"{100 * o.after:.1f}", gain, lead))
+        steps = ", ".join(map(str, o.steps)) + (" (grpo.steps, not the clock)" if o.by_amount else "")
+        rows.append((o.arm, o.mode, f"{100 * o.before:.1f}", f"{100 * o.after:.1f}", gain, lead, steps))
     return rows

@@ -96,15 +96,16 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         learners, pool, watch = parts.learners, parts.pool, parts.watch
         if found:
             parts.transport.broadcast(learners, pool, version)
-        elif grpo.initial_evaluation:
-            watch.full_evaluation(pool, parts.reward, 0)
+        elif grpo.initial_evaluation and watch.full_evaluation(pool, parts.reward, state):
+            run.keep_policy(policy, "best")
         clock = Clock(state.elapsed_s)
 
         def done() -> float:
             return max(state.step / grpo.steps, clock.share_of(grpo.max_minutes))
 
+        last = done() >= 1
         with bars.bar("GRPO", 1.0) as bar:
-            while done() < 1:
+            while not last:
                 times = [time.perf_counter()]
                 trees, rollout_s = parts.rollouts.take(state.step)
                 due = (state.step + 1) % grpo.eval_every == 0
@@ -122,6 +123,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 if on_disk and grpo.keep_batches != "off":
                     what = kept_step(config, state.step + 1, version, made, stats, str(policy))
                     keep_batch(run.path, what, trees, on_disk, only_newest=grpo.keep_batches == "last")
+                times.append(time.perf_counter())
                 if config.weights.mode != "in_flight":  # else older KV makes a difference of its own
                     check_mismatch(stats, version, config.weights.mismatch_tolerance)
                 measured, version = version, version.next()
@@ -133,21 +135,24 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 state.version = str(version)
                 state.tokens += sum(s.tokens for s in stats)
                 state.elapsed_s = clock.elapsed_s()
-                metrics = step_metrics(trees, made, stats, measured, times, rollout_s)
+                metrics = step_metrics(trees, made, stats, measured, times, rollout_s, grpo.kl_coefficient > 0)
                 metrics |= {"sync/delta_logprob_mean": delta, "rollout/restarts": float(pool.restarts)}
                 watch.log(metrics, state.step)
+                last = done() >= 1  # what comes until the next step is not training
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
                 bar.update(min(1.0, done()), note)
-                last = done() >= 1
                 improved = due and not last and watch.quick_evaluation(pool, parts.reward, state)
                 on_disk = None
                 if improved or last or state.step % grpo.save_every == 0:
                     on_disk = save(run, learners, state, improved)
-        watch.full_evaluation(pool, parts.reward, state.step)
+        parts.rollouts.settle()
+        improved = watch.full_evaluation(pool, parts.reward, state)
         parts.transport.close()
     latest = run.latest()
     assert latest is not None
-    return run.keep_policy(latest[0], "final")
+    if improved:
+        run.keep_policy(latest[0] / "policy", "best")
+    return run.keep_policy(latest[0] / "policy", "final")
 
 
 def save(run: RunDir, learners: LearnerGroup, state: LoopState, improved: bool) -> Path:
@@ -155,7 +160,7 @@ def save(run: RunDir, learners: LearnerGroup, state: LoopState, improved: bool) 
     with run.checkpoint(state) as folder:
         learners.save(folder)
         if improved:
-            run.keep_policy(folder, "best")
+            run.keep_policy(folder / "policy", "best")
     return run.path / "checkpoints" / f"step-{state.step:06d}" / "policy"
 
 
@@ -209,7 +214,7 @@ def check_mismatch(stats: Sequence[StepStats], version: WeightVersion, tolerance
     `version`: older ones differ for a reason."""
     found = stats[0].mismatch if stats else None
     own = found.versions.get(version.counter) if found else None
-    if own and own.delta_mean > tolerance:
+    if own and not own.delta_mean <= tolerance:
         raise MismatchError(
             f"weights {version}: engines and learners differ by {own.delta_mean:.2e} in logprob per token, tolerance"
             f" {tolerance:.0e}",
@@ -255,14 +260,14 @@ def step_metrics(
     version: WeightVersion,
     times: Sequence[float],
     rollout_s: float,
+    with_kl: bool,
 ) -> dict[str, float]:
     """One step's metrics, by their names in `metrics.names`."""
-    wait_s, reward_s, learn_s, sync_s = (b - a for a, b in itertools.pairwise(times))
-    groups = max(1, len({t.problem_key for t in trees}))
+    wait_s, reward_s, learn_s, keep_s, sync_s = (b - a for a, b in itertools.pairwise(times))
     prompt = sum(len(c.prompt_ids) for t in trees for c in t.calls)
     out = {
         "rollout/reward": sum(t.reward or 0.0 for t in trees) / len(trees),
-        "rollout/zero_variance_groups": made.zero_variance_groups / groups,
+        "rollout/zero_variance_groups": made.zero_variance_groups / max(1, made.groups),
         "rollout/staleness": staleness(trees, version.counter),
         "rollout/tokens_per_s": sum(t.total_tokens for t in trees) / rollout_s,
         "rollout/cached_tokens": sum(c.cached_tokens for t in trees for c in t.calls) / max(1, prompt),
@@ -270,6 +275,7 @@ def step_metrics(
         "time/wait_s": wait_s,
         "time/reward_s": reward_s,
         "time/learn_s": learn_s,
+        "time/keep_s": keep_s,
         "time/sync_s": sync_s,
         "time/step_s": times[-1] - times[0],
     }
@@ -282,13 +288,14 @@ def step_metrics(
             "train/loss": first.loss,
             "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
             "train/learning_rate": first.learning_rate,
-            "train/kl": last.kl,
-            "train/entropy": first.entropy,
+            "train/entropy": first.entropy / float(made.batch.loss_weights.sum()),
             "train/clip_fraction": last.clipped / max(1, last.tokens),
             "train/tokens": float(first.tokens),
             "train/tokens_per_s": sum(s.tokens for s in stats) / learn_s,
             "train/mismatch/cut": first.cut / max(1, first.tokens),
         }
+        if with_kl:
+            out["train/kl"] = first.kl
         if first.mismatch:
             out |= mismatch_metrics(first.mismatch, version.counter)
     return out

@@ -38,6 +38,12 @@ class Rollouts:
             return self._sample(step)
         return self.begun.pop(step).result()
 
+    def settle(self) -> None:
+        """Wait for what was begun and will not be taken: an evaluation that follows has the engines to itself."""
+        for begun in self.begun.values():
+            begun.result()
+        self.begun.clear()
+
     def stop(self) -> None:
         """End the thread, whose pool must have been stopped."""
         self.thread.shutdown(cancel_futures=True)

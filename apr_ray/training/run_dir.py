@@ -5,12 +5,12 @@ runs/NAME/config.yaml             the whole configuration
          eval/step-000010-greedy.jsonl    the trees of an evaluation
          batches/step-000011/     a training batch, for `apr-ray audit`
          checkpoints/step-000010/{policy,optimizer,state.json}
-         best/                    the policy with the best held-out accuracy
+         best/                    the policy with the best greedy accuracy on the problems of evaluations in training
          judge/                   the policy that the engines of supervised training's evaluations start on
          final/                   the policy at the end
 
-Everything but `metrics.jsonl` is written under a hidden name first, so a killed run leaves whole files and, at most,
-such hidden ones, which `resume` removes.
+Everything but `metrics.jsonl`, which grows line by line, is written under a hidden name first, so a killed run leaves
+whole files and, at most, such hidden ones, which `resume` removes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class LoopState:
         tokens: trained on so far.
         elapsed_s: of training, over all incarnations.
         position: the sampler's.
+        data: of the demonstrations, `Demonstrations.fingerprint`.
         best_accuracy: of the held-out evaluations so far.
         tracker_run_id: to go on in the same tracker run.
         metrics_rows: of `metrics.jsonl`, written before it was saved.
@@ -57,6 +58,7 @@ class LoopState:
     tokens: int = 0
     elapsed_s: float = 0.0
     position: dict[str, int] = field(default_factory=dict)
+    data: str = ""
     best_accuracy: float = -1.0
     tracker_run_id: str = ""
     metrics_rows: int = 0
@@ -78,8 +80,9 @@ class RunDir:
     @classmethod
     def create(cls, config: Config, command: str) -> RunDir:
         """A new folder under `run.root`. Raises AprError where the name is taken."""
-        name = config.run.name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
-        path = Path(config.run.root).resolve() / name
+        root = Path(config.run.root).resolve()
+        config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(root)})})
+        path = root / (config.run.name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             path.mkdir(parents=True)
             _write(path / "config.yaml", to_yaml(config))
@@ -103,7 +106,8 @@ class RunDir:
         saved = load_config([file])
         if config is not None:
             saved = saved.model_copy(update={"ray": config.ray, "tracking": config.tracking})
-            changed = differences(saved, config.model_copy(update={"run": saved.run}))
+            place = config.run.model_copy(update={"root": saved.run.root, "name": saved.run.name})
+            changed = differences(saved, config.model_copy(update={"run": place}))
             if changed:
                 raise ConfigError(
                     f"{path} was run with another config: {'; '.join(changed)}", "Resume without these changes"
@@ -142,7 +146,10 @@ class RunDir:
 
     @contextmanager
     def checkpoint(self, state: LoopState) -> Iterator[Path]:
-        """A folder to write into, which becomes `checkpoints/step-N` when the block ends well; else it is removed."""
+        """A folder to write into, which becomes `checkpoints/step-N` when the block ends well; else it is removed.
+
+        Raises AprError where it holds no policy or no optimiser's state then.
+        """
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
         final = folder / f"step-{state.step:06d}"
@@ -151,6 +158,11 @@ class RunDir:
         partial.mkdir()
         try:
             yield partial
+            if not (partial / "policy" / "config.json").is_file() or not (partial / "optimizer").is_dir():
+                raise AprError(
+                    f"the learners' checkpoint is not in {folder}: they wrote it on another machine",
+                    f"Put run.root ({self.config.run.root}) on storage that all nodes share",
+                )
             state.metrics_rows = len(self.metrics())
             _write(partial / "state.json", json.dumps(asdict(state), indent=1))
             replace_directory(partial, final)
@@ -175,17 +187,17 @@ class RunDir:
         state.version = str(WeightVersion(version.incarnation + 1, version.counter))
         return found[-1], state
 
-    def keep_policy(self, checkpoint: Path, name: str) -> Path:
-        """Copy a checkpoint's policy to `best`, `judge` or `final`, whole."""
+    def keep_policy(self, policy: Path, name: str) -> Path:
+        """Copy a policy's folder to `best`, `judge` or `final`, whole."""
         partial = self.path / f".{name}.partial-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(checkpoint / "policy", partial)
+        shutil.copytree(policy, partial)
         replace_directory(partial, self.path / name)
         return self.path / name
 
     def _tidy(self) -> None:
         """Finish or undo what a killed process left half done (see `replace_directory`)."""
-        for folder in (self.path, self.path / "checkpoints", self.path / "batches"):
+        for folder in (self.path, *(self.path / part for part in ("checkpoints", "batches", "eval"))):
             for old in folder.glob(".*.old-*"):
                 replaced = folder / old.name[1:].rpartition(".old-")[0]
                 if not replaced.exists():
@@ -204,11 +216,6 @@ def find_policy(path: Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     raise AprError(f"no checkpoint in {path}", "Give a run folder or a checkpoint folder that apr-ray wrote")
-
-
-def config_of(policy: Path) -> Path | None:
-    """The config of the run that a policy folder lies in, if it lies in one."""
-    return next((p / "config.yaml" for p in policy.resolve().parents[:3] if (p / "config.yaml").is_file()), None)
 
 
 def flat_params(config: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from apr_ray.config import Config
+from apr_ray.core.errors import ConfigError
 from apr_ray.core.weights import WeightVersion
 from apr_ray.data.demonstrations import Demonstrations, SftSampler
 from apr_ray.learner.group import LearnerGroup
@@ -34,6 +35,10 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     data = Demonstrations.load(data_dir)
     found = run.latest()
     state = found[1] if found else LoopState()
+    fingerprint = data.fingerprint()
+    if state.data and state.data != fingerprint:
+        raise ConfigError(f"{run.path} was trained on other demonstrations than {data_dir}", "Give those it began with")
+    state.data = fingerprint
     sampler = SftSampler(
         data,
         sft.batch_tokens,
@@ -82,7 +87,8 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                 trained += size
                 if state.step % sft.log_every == 0:
                     speed, since, trained = trained / (time.monotonic() - since), time.monotonic(), 0
-                    watch.log(_metrics(stats, size, state.tokens, speed), state.step)
+                    done_tokens = state.tokens - sum(size for _, size in pending)
+                    watch.log(_metrics(stats, size, done_tokens, speed), state.step)
                     note = f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens"
                     bar.update(min(1.0, done()), f"{note}  {speed:,.0f}/s  {'bf16' if bf16 else 'fp32'}")
                 if pending:
@@ -94,10 +100,10 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
                         if due and judge.finds_better(folder, watch, state):
-                            run.keep_policy(folder, "best")
+                            run.keep_policy(folder / "policy", "best")
     latest = run.latest()
     assert latest is not None
-    return run.keep_policy(latest[0], "final")
+    return run.keep_policy(latest[0] / "policy", "final")
 
 
 def _metrics(stats: StepStats, size: int, tokens: int, speed: float) -> dict[str, float]:
@@ -129,7 +135,7 @@ class _Judge:
         self.evaluations += 1
         if self.parts is None:
             self.turns.engines()
-            policy = self.run.keep_policy(checkpoint, "judge")
+            policy = self.run.keep_policy(checkpoint / "policy", "judge")
             pool = RolloutPool.start(self.config, str(policy), beside=self.learners.places)
             self.parts = pool, RewardClient(self.config.task)
         else:

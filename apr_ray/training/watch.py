@@ -10,7 +10,7 @@ from apr_ray.core.ledger import Problem
 from apr_ray.core.tracker import Tracker
 from apr_ray.core.trees_io import write_trees
 from apr_ray.evaluation.evaluate import EvalResult, evaluate
-from apr_ray.metrics.names import mode_name
+from apr_ray.metrics.names import QUICK, mode_name
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tracking.progress import ProgressBars
@@ -32,10 +32,14 @@ class Watch:
         self.run.log(metrics, step)
         self.tracker.log(metrics, step)
 
-    def full_evaluation(self, pool: RolloutPool, reward: RewardClient, step: int) -> list[EvalResult]:
-        """Every temperature, all held-out problems; the trees are kept under `eval/`."""
-        evaluation = self.config.evaluation
-        results = []
+    def full_evaluation(self, pool: RolloutPool, reward: RewardClient, state: LoopState) -> bool:
+        """Every temperature, all held-out problems; the trees are kept under `eval/`.
+
+        Returns:
+            Whether the policy is the best so far by what quick evaluations look at; False without a greedy evaluation.
+        """
+        evaluation, step = self.config.evaluation, state.step
+        improved = False
         for temperature in evaluation.temperatures:
             mode = mode_name(temperature)
             samples = 1 if temperature == 0 else evaluation.samples
@@ -50,12 +54,14 @@ class Watch:
                     budget=self.config.rollout.budget,
                     bar=bar,
                 )
-            self._record(result, step)
+            self._record(result, step, mode)
             folder = self.run.path / "eval"
             folder.mkdir(exist_ok=True)
             write_trees(folder / f"step-{step:06d}-{mode}.jsonl", result.trees)
-            results.append(result)
-        return results
+            if temperature == 0:
+                first = result.trees[: evaluation.during_training_problems]
+                improved = _is_best(state, sum(tree.reward or 0.0 for tree in first) / len(first))
+        return improved
 
     def quick_evaluation(self, pool: RolloutPool, reward: RewardClient, state: LoopState) -> bool:
         """Greedy accuracy on the first held-out problems; whether it is the best so far."""
@@ -67,11 +73,15 @@ class Watch:
             seed=self.config.run.seed,
             budget=self.config.rollout.budget,
         )
-        self._record(result, state.step)
-        improved = result.accuracy > state.best_accuracy
-        state.best_accuracy = max(state.best_accuracy, result.accuracy)
-        return improved
+        self._record(result, state.step, QUICK)
+        return _is_best(state, result.accuracy)
 
-    def _record(self, result: EvalResult, step: int) -> None:
-        self.log(result.metrics(), step)
+    def _record(self, result: EvalResult, step: int, mode: str) -> None:
+        self.log(result.metrics(mode), step)
         self.tracker.log_trees(result.trees[: self.config.evaluation.traced_trees], step)
+
+
+def _is_best(state: LoopState, accuracy: float) -> bool:
+    improved = accuracy > state.best_accuracy
+    state.best_accuracy = max(state.best_accuracy, accuracy)
+    return improved

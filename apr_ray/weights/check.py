@@ -29,21 +29,21 @@ def check_engines(
         The mean |Δ logprob| per token.
 
     Raises:
-        MismatchError: it is above `weights.mismatch_tolerance`: the engines do not run the learners' policy.
+        MismatchError: a worker's mean is above `weights.mismatch_tolerance`: it does not run the learners' policy.
     """
     made = pool.sample_for_check(prompts, CHECK_TOKENS, temperature)
-    ours = learners.logprobs([(*prompt, *ids) for prompt, ids, _ in made], temperature)
-    deltas = np.concatenate(
-        [
-            np.abs(reference[len(prompt) :] - np.asarray(logprobs))
-            for (prompt, _, logprobs), reference in zip(made, ours, strict=True)
-        ]
-    )
-    mean = float(deltas.mean())
-    if not mean <= config.mismatch_tolerance:
-        raise MismatchError(
-            f"after sync {version} engines and learners differ by {mean:.2e} in logprob per token"
-            f" (max {deltas.max():.2e}), tolerance {config.mismatch_tolerance:.0e}",
-            "The engines do not run the learners' weights; raise weights.mismatch_tolerance only for other precisions",
-        )
-    return mean
+    ours = learners.logprobs([(*sample.prompt, *sample.ids) for sample in made], temperature)
+    deltas: dict[str, list[float]] = {}
+    for sample, reference in zip(made, ours, strict=True):
+        apart = np.abs(reference[len(sample.prompt) :] - np.asarray(sample.logprobs))
+        deltas.setdefault(sample.worker, []).extend(apart.tolist())
+    for worker, own in deltas.items():
+        mean = float(np.mean(own))
+        if not mean <= config.mismatch_tolerance:
+            raise MismatchError(
+                f"after sync {version} engines and learners differ by {mean:.2e} in logprob per token on {worker}"
+                f" (max {max(own):.2e}), tolerance {config.mismatch_tolerance:.0e}",
+                "That engine does not run the learners' weights; raise weights.mismatch_tolerance only for other"
+                " precisions",
+            )
+    return float(np.mean([delta for own in deltas.values() for delta in own]))

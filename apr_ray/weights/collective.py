@@ -12,6 +12,8 @@ has an epoch: when the pool's workers change, the next version is sent over a ne
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -68,7 +70,7 @@ class CollectiveTransport(Transport):
         reading: dict[str, Any] = {}
         for (_, *others), source in zip(self.nodes, came, strict=True):
             reading |= receive(others, source)
-        return Sending(reading, lambda: _held_by_one_of(members.workers))
+        return Sending(reading, lambda: _held_by_one_of(members.workers, self.config.timeout_s))
 
     def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
         """See `core.weights.WeightTransport.broadcast`."""
@@ -82,13 +84,13 @@ class CollectiveTransport(Transport):
         return Place(self.address, rank, 1 + len(self.nodes), self.epoch, self.config.backend, self.config.timeout_s)
 
 
-def _held_by_one_of(workers: Sequence[Worker]) -> Any:
-    """An object reference to the weights that came by the group, from the first of these workers that lives."""
+def _held_by_one_of(workers: Sequence[Worker], timeout_s: float) -> Any:
+    """An object reference to the weights that came by the group, from the first of these workers that answers."""
     for worker in workers:
         held, done = worker.actor.held_weights.options(num_returns=2).remote()
         try:
-            ray.get(done)
-        except DEAD:
+            ray.get(done, timeout=timeout_s)
+        except (*DEAD, ray.exceptions.GetTimeoutError):
             continue
         return held
     raise PartDied("no worker is left that holds the current weights", "Go on with --resume RUN")
@@ -130,7 +132,9 @@ class Group:
             self.group: Any = dist.ProcessGroupGloo(prefixed, place.rank, place.size, timeout)
         else:
             self.device = torch.device("cuda")
-            self.group = dist.ProcessGroupNCCL(prefixed, place.rank, place.size, dist.ProcessGroupNCCL.Options())
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self.group = dist.ProcessGroupNCCL(prefixed, place.rank, place.size, options)
         self.store = store
 
     def broadcast(self, tensor: torch.Tensor) -> Any:
@@ -143,6 +147,8 @@ class Group:
     def finish(self, work: Any) -> None:
         """Raises SyncFailed where the broadcast failed or took too long."""
         try:
+            if self.place.backend == "nccl":  # whose `wait` makes the stream wait, not this thread
+                self._wait_on_gpu(work)
             work.wait()
         except RuntimeError as error:
             who = "a worker" if self.place.rank == 0 else "the learner or another worker"
@@ -150,6 +156,14 @@ class Group:
                 f"rank {self.place.rank} lost {who} in a weight broadcast: {str(error).splitlines()[0]}",
                 "See whether they live; weights.timeout_s bounds the wait",
             ) from error
+
+    def _wait_on_gpu(self, work: Any) -> None:
+        end = time.monotonic() + self.place.timeout_s
+        while not work.is_completed():
+            if time.monotonic() > end:
+                self.group.abort()  # or its kernel would hold the GPU
+                raise RuntimeError(f"not done within {self.place.timeout_s:.0f} s")
+            time.sleep(0.0005)
 
 
 @dataclass
@@ -207,22 +221,21 @@ class CollectiveSource:
         receiver = _receiver(self.place)
         group, flat = receiver.group, receiver.next_buffer(sum(spec.size for spec in self.layout))
         pieces = pieces_of(self.layout, self.piece_numbers)
-        views, works = [], []
-        for piece in pieces:
-            start, end = piece[0].offset, piece[-1].offset + piece[-1].size
-            views.append(flat[start:end])
-            landing = (
-                torch.from_numpy(views[-1])
-                if group.place.backend == "gloo"
-                else torch.empty(end - start, device=group.device)
-            )
-            works.append((group.broadcast(landing), landing))
+        views = [flat[piece[0].offset : piece[-1].offset + piece[-1].size] for piece in pieces]
+        on_gpu = group.place.backend == "nccl"
         running, sums = RunningChecksum(), []
-        for view, (work, landing) in zip(views, works, strict=True):
-            group.finish(work)
-            if group.place.backend != "gloo":
-                view[:] = landing.cpu().numpy()
-            sums.append(running.add(view))
+        coming: deque[tuple[np.ndarray[Any, Any], torch.Tensor, Any]] = deque()
+        for view in [*views, None]:
+            if view is not None:
+                landing = torch.empty(view.size, device=group.device) if on_gpu else torch.from_numpy(view)
+                coming.append((view, landing, group.broadcast(landing)))
+            # On a GPU a piece needs memory of its own until it is copied from there, so two come at a time.
+            while coming and (view is None or (on_gpu and len(coming) == 2)):
+                came, landing, work = coming.popleft()
+                group.finish(work)
+                if on_gpu:
+                    came[:] = landing.cpu().numpy()
+                sums.append(running.add(came))
         sent = torch.zeros(len(sums), dtype=torch.int64, device=group.device)
         group.finish(group.broadcast(sent))
         for number, (ours, theirs) in enumerate(zip(sums, sent.tolist(), strict=True)):

@@ -34,6 +34,8 @@ class MemorySink:
     """Rank 0's end. See `core.weights.WeightSink`."""
 
     buffers: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    version: WeightVersion | None = None
+    """What the first of them holds."""
 
     def open(self) -> None:
         """Memory is taken when the size is known."""
@@ -45,7 +47,9 @@ class MemorySink:
         if not self.buffers:
             size = sum(spec.size for spec in layout)
             self.buffers = [new_shared(size) for _ in range(2)]
-        self.buffers.reverse()
+        if version != self.version:  # sent again, it leaves alone the one before, which late workers may still read
+            self.buffers.reverse()
+        self.version = version
         flat = self.buffers[0]
         offset, running, total = 0, RunningChecksum(), 0
         for piece in pieces:

@@ -68,8 +68,8 @@ class Transport(ABC):
         sent = time.perf_counter()
         applying = {worker.name: worker.actor.apply_weights.remote() for worker in members.workers}
         try:
-            # A drained worker first ends its trees, which have their own bounds on time.
-            wait_for_all(applying, None if self.config.mode == "drain" else self.config.timeout_s, what)
+            ending_s = pool.longest_tree_s if self.config.mode == "drain" else 0.0
+            wait_for_all(applying, self.config.timeout_s + ending_s, what)
         except SyncFailed as failure:
             if failure.others or not pool.replace_dead(failure.dead):
                 raise
@@ -81,7 +81,10 @@ class Transport(ABC):
         """Give rank 0 a sink in place of the one it has; see `LearnerGroup.open_sink`."""
         self.close()
         self.opened = learners
-        return learners.open_sink(self.config.transport, sink)
+        opening = {"learner-0": learners.open_sink(self.config.transport, sink)}
+        opened: tuple[tuple[TensorSpec, ...], Any]
+        [opened] = wait_for_all(opening, self.config.timeout_s, "opening a sink for weights")
+        return opened
 
     def send_into_sink(self, learners: LearnerGroup, version: WeightVersion) -> dict[str, Any]:
         """Start sending the learners' weights into the sink: an object reference by rank."""
@@ -89,9 +92,10 @@ class Transport(ABC):
 
     def close(self) -> None:
         """See `core.weights.WeightTransport.close`."""
-        if self.opened is not None:
-            self.opened.close_sink(self.config.transport)
-            self.opened = None
+        learners, self.opened = self.opened, None
+        if learners is not None:
+            closing = {"learner-0": learners.close_sink(self.config.transport)}
+            wait_for_all(closing, self.config.timeout_s, "closing a sink for weights")
 
 
 def receive(workers: Sequence[Worker], source: Any) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def receive(workers: Sequence[Worker], source: Any) -> dict[str, Any]:
     return {worker.name: worker.actor.receive_weights.remote(source) for worker in workers}
 
 
-def wait_for_all(calls: Mapping[str, Any], timeout_s: float | None, what: str) -> list[Any]:
+def wait_for_all(calls: Mapping[str, Any], timeout_s: float, what: str) -> list[Any]:
     """The results of all calls, in their order. Bounded: nobody is waited for longer than `timeout_s`.
 
     Raises:
@@ -126,5 +130,5 @@ def wait_for_all(calls: Mapping[str, Any], timeout_s: float | None, what: str) -
         raise ours[0]
     said += [f"{name}: {error}" for name, error in errors.items()]
     if said:
-        raise SyncFailed(f"{what} failed: {'; '.join(said)}", "Go on with --resume RUN", dead, others=bool(late))
+        raise SyncFailed(f"{what} failed: {'; '.join(said)}", "Go on with --resume RUN", dead, bool(late or errors))
     return [results[name] for name in calls]

@@ -8,22 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from apr_ray.tasks.countdown.arithmetic import Operation, combine
-
 
 def is_solvable(numbers: Sequence[int], target: int) -> bool:
     """Whether some expression that uses every number exactly once equals the target."""
-    return target in _reachable(tuple(sorted(numbers)))
+    return target in reachable_targets(numbers)
 
 
 def reachable_targets(numbers: Sequence[int]) -> frozenset[int]:
     """Every value an expression over all the numbers can take."""
-    return _reachable(tuple(sorted(numbers)))
-
-
-def solve(numbers: Sequence[int], target: int) -> list[Operation] | None:
-    """One list of operations that reaches the target, or None if there is none."""
-    return _solve(tuple(sorted(numbers)), target)
+    return _all_reachable(tuple(sorted(numbers)))
 
 
 TABLE_NUMBERS = 4
@@ -95,8 +88,7 @@ def _combine_all(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray
     return out.reshape(-1, a.shape[2])
 
 
-@lru_cache(maxsize=200_000)
-def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
+def _all_reachable(numbers: tuple[int, ...]) -> frozenset[int]:
     """All values of `numbers` (sorted): split into two non-empty parts, combine what each can reach."""
     if len(numbers) == 1:
         return frozenset(numbers)
@@ -125,16 +117,5 @@ def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
     return frozenset(out)
 
 
-def _solve(numbers: tuple[int, ...], target: int) -> list[Operation] | None:
-    if target not in _reachable(numbers):
-        return None
-    if len(numbers) == 1:
-        return []
-    for i in range(len(numbers)):
-        for j in range(i + 1, len(numbers)):
-            rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
-            for a, op, b, result in combine(numbers[i], numbers[j]):
-                tail = _solve(tuple(sorted((*rest, result))), target)
-                if tail is not None:
-                    return [Operation(a, op, b, result), *tail]
-    raise AssertionError(f"reachable but not solved: {numbers} -> {target}")
+# Of parts only: whole problems are many, seldom asked for twice, and their sets are large.
+_reachable = lru_cache(maxsize=200_000)(_all_reachable)

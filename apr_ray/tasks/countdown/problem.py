@@ -18,6 +18,8 @@ from apr_ray.tasks.countdown.oracle import TABLE_NUMBERS, is_solvable, reachable
 MAX_NUMBERS = 6
 ENUMERATED_MULTISETS = 200_000
 """Up to this many multisets a space is enumerated whole; above, it is sampled and rejected."""
+MOST_MISSES = 100_000
+"""Draws in a row that bring no new problem: a space that is sampled is then taken for exhausted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +99,24 @@ class ProblemSpace:
             raise AprError(f"unknown split {split!r}", "Use train, heldout or heldout_targets")
         rng = random.Random(f"{split}:{seed}:{self}")
         multisets = math.comb(self.high - self.low + self.count, self.count)
-        draw = self._draw_enumerated if multisets <= ENUMERATED_MULTISETS else self._draw_rejected
+        enumerated = multisets <= ENUMERATED_MULTISETS
+        draw = self._draw_enumerated if enumerated else self._draw_rejected
         found: dict[str, CountdownProblem] = {}
+        misses = 0
         for problem in draw(split, rng):
-            found.setdefault(problem.key if split == "train" else problem.split_key, problem)
+            key = "" if problem is None else problem.key if split == "train" else problem.split_key
+            if problem is None or key in found:
+                misses += 1
+                if misses > MOST_MISSES and not enumerated:
+                    break
+                continue
+            misses = 0
+            found[key] = problem
             if len(found) == count:
                 return list(found.values())
         raise AprError(
-            f"split {split!r} of {self} holds {len(found)} solvable problems, {count} were asked for",
+            f"split {split!r} of {self} holds {len(found)} solvable problems"
+            f"{'' if enumerated else ' that could be found'}, {count} were asked for",
             "Widen the number or target range, or ask for fewer",
         )
 
@@ -130,18 +142,15 @@ class ProblemSpace:
             for pair in pairs:
                 yield CountdownProblem(tuple(rng.sample(pair.numbers, self.count)), pair.target)
 
-    def _draw_rejected(self, split: str, rng: random.Random) -> Iterator[CountdownProblem]:
-        misses = 0
-        while misses < 100_000:
+    def _draw_rejected(self, split: str, rng: random.Random) -> Iterator[CountdownProblem | None]:
+        """Without end; None for a draw of another split, or without a solution."""
+        while True:
             problem = CountdownProblem(
                 tuple(rng.randint(self.low, self.high) for _ in range(self.count)),
                 rng.randint(self.target_low, self.target_high),
             )
-            if self.split_of(problem) == split and is_solvable(problem.numbers, problem.target):
-                misses = 0
-                yield problem
-            else:
-                misses += 1
+            fits = self.split_of(problem) == split and is_solvable(problem.numbers, problem.target)
+            yield problem if fits else None
 
 
 def _unit_hash(text: str) -> float:

@@ -36,7 +36,7 @@ class CountdownProtocol:
             raise AprError(f"unknown method {method!r}", "Use apr or sosp")
         self.tokenizer = tokenizer
         self.method = method
-        self.max_depth = max_depth
+        self.max_depth = max_depth if method == "apr" else 0
         self.spawn_open = tokenizer.tag_ids[SPAWN_OPEN]
         self.join_open = tokenizer.tag_ids[JOIN_OPEN]
         self.stop_ids = frozenset({tokenizer.eos_id, self.join_open})

@@ -162,13 +162,9 @@ def _distance(value: int, target: int) -> int:
     return value - target if value >= target else _below(value, target)
 
 
-def heuristic(numbers: Sequence[int], target: int) -> int:
-    """Sum over the numbers of the distance to the target's nearest factor; lower is more promising."""
-    return sum(_distance(number, target) for number in numbers)
-
-
 Successor = tuple[int, str, tuple[int, ...]]
-"""Heuristic, operation and numbers."""
+"""Heuristic (the sum over the numbers of the distance to the target's nearest factor: lower is more promising),
+operation and numbers."""
 
 
 def _successors(numbers: tuple[int, ...], target: int, beam: int, rng: random.Random, order: str) -> list[Successor]:

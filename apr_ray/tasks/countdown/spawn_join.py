@@ -94,6 +94,8 @@ def read_spawn_block(block: str, own_text: str, level: int) -> list[SpawnedChild
     Raises:
         SpawnError: with reason spawn_unclosed, spawn_malformed, spawn_empty or spawn_unknown_node.
     """
+    if own_text and not own_text.endswith("\n"):
+        raise SpawnError("spawn_malformed", f"{SPAWN_OPEN} does not begin a line: {own_text[-40:]!r}")
     lines = block.removesuffix("\n").split("\n")
     if SPAWN_CLOSE not in lines:
         raise SpawnError("spawn_unclosed", f"{len(lines)} lines without {SPAWN_CLOSE}")

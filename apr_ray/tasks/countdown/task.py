@@ -14,12 +14,15 @@ from apr_ray.tasks.countdown.grammar import Budget
 from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
 from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
 from apr_ray.tasks.countdown.protocol import CountdownProtocol
-from apr_ray.tasks.countdown.solver import AprTrace, SolverOptions, solve_apr, solve_sosp
+from apr_ray.tasks.countdown.solver import APR_PAPER, SOSP_PAPER, AprTrace, SolverOptions, solve_apr, solve_sosp
 from apr_ray.tasks.countdown.tokenizer import CountdownTokenizer, build_tokenizer, load_tokenizer
 from apr_ray.tasks.countdown.verifier import verify_solution
 
 TOKEN_BIN = 512
 """Width of SoS+'s budget bins, in tokens (paper section 4.2)."""
+MOST_DIGITS = 6
+"""Of a number in a problem that somebody gives."""
+JSON_FORM = 'Give {"numbers": [...], "target": t}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,14 @@ class CountdownOptions:
     """What `task.options` may hold for Countdown.
 
     Attributes:
+        solver: which demonstrations there are; the paper's for the method by default.
         budgets: demonstrations begin with what they turned out to cost, so that a policy can be asked for a budget
             (`rollout.budget`; paper section 4.2).
     """
 
     method: Literal["apr", "sosp"] = "apr"
     space: ProblemSpace = field(default_factory=ProblemSpace)
-    solver: SolverOptions = field(default_factory=SolverOptions)
+    solver: SolverOptions | None = None
     max_depth: int = 1
     budgets: bool = False
 
@@ -46,6 +50,7 @@ class CountdownTask:
 
     def __init__(self, options: CountdownOptions) -> None:
         self.options = options
+        self.solver = options.solver or (SOSP_PAPER if options.method == "sosp" else APR_PAPER)
 
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
         """Solvable problems of a split; see `ProblemSpace.sample`."""
@@ -56,9 +61,11 @@ class CountdownTask:
         try:
             numbers, target = data["numbers"], data["target"]
         except (KeyError, TypeError) as error:
-            raise AprError(f"not a Countdown problem: {data!r}", 'Give {"numbers": [...], "target": t}') from error
-        if not isinstance(target, int) or not all(isinstance(n, int) for n in numbers):
-            raise AprError(f"numbers and target must be integers: {data!r}", 'Give {"numbers": [...], "target": t}')
+            raise AprError(f"not a Countdown problem: {str(data)[:80]}", JSON_FORM) from error
+        if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in (*numbers, target)):  # bool is none
+            raise AprError(f"numbers and target must be integers: {str(data)[:80]}", JSON_FORM)
+        if any(abs(n) >= 10**MOST_DIGITS for n in (*numbers, target)):
+            raise AprError(f"a number has more than {MOST_DIGITS} digits: {str(data)[:80]}", "Use smaller numbers")
         return CountdownProblem(tuple(numbers), target)
 
     def tokenizer(self) -> CountdownTokenizer:
@@ -78,11 +85,11 @@ class CountdownTask:
         """One solver run; every parent segment and every child is one sequence (paper section 3.2)."""
         assert isinstance(problem, CountdownProblem)
         if self.options.method == "sosp":
-            prompt, completion, solved = solve_sosp(problem, solver_seed, self.options.solver)
+            prompt, completion, solved = solve_sosp(problem, solver_seed, self.solver)
             prompt = self._token_budget(prompt + completion) + prompt
             sequences = [Demonstration(prompt, completion, "parent", (), 0, prompt)]
             return DemonstrationSet(problem, solver_seed, solved, tuple(sequences))
-        trace = solve_apr(problem, solver_seed, self.options.solver)
+        trace = solve_apr(problem, solver_seed, self.solver)
         budget = self._child_budget(trace)
         given = budget + trace.segments[0][0]
         sequences = [Demonstration(budget + p, c, "parent", (), i, given) for i, (p, c) in enumerate(trace.segments)]
@@ -125,9 +132,9 @@ class CountdownTask:
         numbers, arrow, target = text.partition("->")
         parts = numbers.replace(",", " ").split()
         if not arrow or not parts or not all(part.isdecimal() for part in (*parts, target.strip())):
-            raise AprError(f"not a Countdown problem: {text!r}", 'Write it as "3 5 7 -> 22"')
-        if any(len(part) > 6 for part in (*parts, target.strip())):
-            raise AprError(f"a number of {text!r} has more than six digits", "Use smaller numbers")
+            raise AprError(f"not a Countdown problem: {text[:80]!r}", 'Write it as "3 5 7 -> 22"')
+        if any(len(part) > MOST_DIGITS for part in (*parts, target.strip())):
+            raise AprError(f"a number of {text[:80]!r} has more than {MOST_DIGITS} digits", "Use smaller numbers")
         return CountdownProblem(tuple(map(int, parts)), int(target))
 
     def require_solvable(self, problem: Problem) -> None:

@@ -59,7 +59,7 @@ def check_folder(folder: Path) -> VectorReport:
         rows = list(_read(path))
         try:
             check(report, tokenizer, rows, name)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise AprError(f"{path} is not of the expected form: {error!r}", "See the folder's README") from error
     return report
 
