@@ -69,8 +69,9 @@ def quickstart(
 
     if fast and long:
         raise ConfigError("--fast and --long exclude each other", "Give one of them")
-    presets = ["quickstart", *(["quickstart-fast"] if fast else []), *(["quickstart-long"] if long else [])]
-    run = _run([*(presets if resume is None else []), *(config or [])], overrides, resume, "quickstart")
+    presets = ["quickstart", *(["quickstart-long"] if long else []), *(config or [])]
+    presets += ["quickstart-fast"] if fast else []  # last: whatever else is asked for, it is a smoke run
+    run = _run(presets if resume is None else config, overrides, resume, "quickstart")
     if fast:
         _console().print("[yellow]--fast is a smoke run: it shows that every part works, not that the model learns.[/]")
     grpo = run_quickstart(run.config, run, ProgressBars())
@@ -101,6 +102,10 @@ def data(
     settings = _config(config, overrides)
     if out.exists():
         raise AprError(f"{out} exists", "Choose another --out, or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AprError(f"cannot make {out.parent}: {error.strerror}", "Choose another --out") from error
     task = load_task(settings.task)
     problems = task.problems("train", settings.data.train_problems, settings.run.seed)
     with ray_session(settings):
@@ -117,9 +122,11 @@ def sft(
     resume: Resume = None,
 ) -> None:
     """Train a policy on demonstrations."""
+    from apr_ray.data.demonstrations import require_demonstrations
     from apr_ray.tracking.progress import ProgressBars
     from apr_ray.training.sft import train_sft
 
+    require_demonstrations(data)
     run = _run(config, overrides, resume, "sft")
     policy = train_sft(run.config, run, data, ProgressBars())
     last = [row for row in run.metrics() if "sft/loss" in row][-1:]
@@ -331,10 +338,13 @@ def doctor() -> None:
 
 @config_app.command("show")
 def config_show(overrides: Overrides = None, config: Files = None) -> None:
-    """Print the whole configuration as YAML."""
+    """Print the whole configuration as YAML, the task's own options included."""
     from apr_ray.config import to_yaml
+    from apr_ray.tasks.registry import all_options
 
-    print(to_yaml(_config(config, overrides)), end="")
+    settings = _config(config, overrides)
+    task = settings.task.model_copy(update={"options": all_options(settings.task)})
+    print(to_yaml(settings.model_copy(update={"task": task})), end="")
 
 
 @config_app.command("validate")
@@ -351,7 +361,9 @@ def _run(files: Sequence[str] | None, overrides: Sequence[str] | None, resume: P
     from apr_ray.training.run_dir import RunDir, find_policy
     from apr_ray.training.session import require_startable
 
-    saved = [] if resume is None else [str(resume / "config.yaml")]
+    saved = [] if resume is None else [str(RunDir.config_file(resume))]
+    if resume is not None and command != "quickstart" and (resume / "grpo" / "config.yaml").is_file():
+        raise AprError(f"{resume} is a quickstart's folder", f"Give {resume / 'grpo'}, or apr-ray quickstart --resume")
     settings = _config([*saved, *(files or [])], overrides)
     policy = find_policy(Path(settings.init_from)) if settings.init_from else None
     if policy is None and command == "train":
@@ -368,12 +380,13 @@ def _console(stderr: bool = True) -> Any:
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     for column in head:
         table.add_column(column)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: [sglang] is no markup
     _console(stderr=False).print(table)
 
 
@@ -388,7 +401,7 @@ def _next(*lines: str) -> None:
     console = _console(stderr=False)
     console.print("next:", highlight=False)
     for line in lines:
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _short(path: Path) -> str:

@@ -64,6 +64,15 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["quickstart", "--fast", "--long"], "exclude each other"),
         (["bench", "nope"], "Choose one of engine, gpu, learner, oracle, rollout"),
         (["vectors", "{tmp}"], "is missing"),
+        (["quickstart", "--resume", "{tmp}"], "is no run folder (config.yaml is missing)"),
+        (["data", "--out", "/proc/none/demos"], "cannot make /proc/none"),
+        (["audit", "{tmp}/none", "5"], "there is no folder"),
+        (["bench", "sync", "--engine", "trt"], "config engine.name: Input should be"),
+        (["bench", "sync", "--engine", "vllm"], "vllm is not installed"),
+        (["bench", "rollout", "--engine", "torch", "--checkpoint", "{tmp}"], "no checkpoint in"),
+        (["bench", "rollout", "--engine", "torch"], "--checkpoint is missing"),
+        (["eval", "{checkpoint}", "ray.address=127.0.0.1:1"], "no Ray cluster at ray.address 127.0.0.1:1"),
+        (["config", "show", "task.options.space.count=1"], "task.options.space.count is 1. Use between 2 and 6"),
     ],
 )
 def test_errors_are_one_line_with_a_remedy(
@@ -108,6 +117,7 @@ def of_another_vocabulary(tmp_path: Path, checkpoint: Path) -> Path:
         (["eval", "{other}"], "has a vocabulary of 60, the task's has 57"),
         (["trace", "{other}", "--problem", "3 5 7 -> 22"], "has a vocabulary of 60, the task's has 57"),
         (["train"], "no policy to begin with. Give --init"),
+        (["sft", "--data", "{runs}/none"], "no Parquet files in {runs}/none"),
         (["quickstart", "rollout.workers=0"], "rollout.workers: Input should be greater than or equal to 1 (got 0)"),
     ],
 )
@@ -139,7 +149,7 @@ def test_trace_prints_a_tree_as_lanes(checkpoint: Path) -> None:
 def test_doctor_lists_what_is_there() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout
-    for part in ("torch", "deepspeed", "compiler", "sglang"):
+    for part in ("torch", "deepspeed", "compiler", "sglang", "apr-ray[sglang]"):
         assert part in done.stdout
 
 

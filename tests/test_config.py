@@ -28,6 +28,11 @@ PRESETS = sorted((Path(__file__).parents[1] / "apr_ray" / "presets").glob("*.yam
         ("learner.zero_stage=7", "learner.zero_stage"),
         ("grpo.correction=mask", "correction mask needs ratio proximal; ratio behaviour divides by"),
         ("grpo.correction_cap=1", "greater than 1 (got 1)"),
+        ("engine.kv_tokens=4096", "kv_tokens is 4096, which engine torch knows nothing of"),
+        ("engine={name: vllm, deterministic: true}", "deterministic is True, which engine vllm knows nothing of"),
+        ("sft.optimizer.beta2=1.0", "less than 1 (got 1.0)"),
+        ("run.seed=-1", "greater than or equal to 0 (got -1)"),
+        ("evaluation.temperatures=1", "Input should be a list"),
         ("grpo.steps", "not of the form a.b=value"),
         ("grpo..steps=1", "not of the form"),
     ],
@@ -42,6 +47,13 @@ def test_an_override_keeps_the_other_defaults_of_its_section() -> None:
     config = load_config([], ["sft.optimizer.final_fraction=0.1", "grpo.clip=1e-1"])
     assert config.sft.optimizer.warmup_steps == Config().sft.optimizer.warmup_steps
     assert config.grpo.clip == 0.1
+
+
+def test_drained_workers_do_not_lend_their_engines_to_other_trees() -> None:
+    overlap = ["grpo.overlap=true", "grpo.max_staleness=1", "rollout.fan_out=spread"]
+    with pytest.raises(ConfigError, match=r"use weights\.mode=pause, or rollout\.fan_out=local"):
+        load_config([], [*overlap, "weights.mode=drain"])
+    load_config([], overlap)
 
 
 def test_yaml_survives_a_round_trip(tmp_path: Path) -> None:

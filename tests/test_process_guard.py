@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from apr_ray.engines.process_guard import MARK, ProcessGuard, marked_processes
+from apr_ray.engines.process_guard import MARK, ProcessGuard, kill_marked, marked_processes
 
 OWNER = """
 import subprocess, sys
@@ -51,6 +51,18 @@ def test_marked_processes_die_with_their_owner(how: signal.Signals | None) -> No
     process.wait()
     wait_for(mark, 0)
     os.kill(stranger, signal.SIGKILL)  # raises if it was killed too
+
+
+def test_what_is_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = ProcessGuard()
+    with guard.marking():
+        child = subprocess.Popen(["sleep", "600"])
+    monkeypatch.setattr("apr_ray.engines.process_guard.GIVE_UP_S", 0.0)
+    assert not kill_marked(guard.mark)
+    monkeypatch.undo()
+    assert kill_marked(guard.mark)
+    child.wait(1)
+    guard.close()
 
 
 def test_close_returns_once_they_are_gone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -311,6 +312,59 @@ def test_an_engine_sleeps_once_what_was_aborted_is_gone_and_not_while_a_request_
     assert engine.decoder.keys.nbytes == engine.decoder.values.nbytes == 0
     with pytest.raises(EngineAsleep, match="Wake it first"):
         run_all(engine, [request("c", [5])])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "rope_type is 'llama3'"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("attention_bias", True, "attention_bias is True"),
+    ],
+)
+def test_a_llama_that_the_decoder_would_compute_otherwise_is_refused(
+    key: str, value: object, said: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(AprError, match=rf"{said}, the torch engine knows"):
+        TorchEngine.from_checkpoint(other)
+
+
+def test_a_step_that_fails_is_told_and_ends_what_runs(checkpoint: Path) -> None:
+    """Else a worker whose engine fails at once would be the least busy, and be given every tree."""
+    said: list[str] = []
+    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0, on_death=said.append)
+
+    def fail() -> None:
+        raise RuntimeError("the device is gone")
+
+    engine._step = fail  # type: ignore[method-assign]
+    chunks = run_all(engine, [request("a", [5, 6])])
+    assert chunks[0][-1].finish is FinishReason.ERROR
+    assert said == ["a step failed: RuntimeError: the device is gone"]
+
+
+def test_weights_that_do_not_fit_leave_the_old_ones_whole(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0)
+    decoder, state = engine.decoder, load_weights(checkpoint)
+    before = decoder.embed, decoder.head, decoder.final_norm, list(decoder.layers)
+    made, real = 0, torch.tensor
+
+    def tensor(*given: Any, **options: Any) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        if made == 8:
+            raise torch.OutOfMemoryError("no room")
+        return real(*given, **options)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.load(state)
+    assert (decoder.embed, decoder.head, decoder.final_norm) == before[:3]
+    assert decoder.layers == before[3]
 
 
 def test_a_checkpoint_is_read_as_transformers_reads_it_and_a_broken_one_is_named(

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from apr_ray.bench.timing import Result
+from apr_ray.config import parse_config
 from apr_ray.core.errors import AprError
+from apr_ray.engines.registry import require_engine
+from apr_ray.training.run_dir import find_policy
 
 BENCHES = ("engine", "gpu", "learner", "oracle", "rollout", "solver", "step", "sync")
 
@@ -27,7 +31,7 @@ def run_bench(name: str, **options: Any) -> Result:
             ones; `repeats` are turns of each side.
 
     Raises:
-        AprError: the bench is unknown, or does not take what was given.
+        AprError: the bench is unknown, does not take what was given, or lacks the engine or the policy.
     """
     if name not in BENCHES:
         raise AprError(f"unknown bench {name!r}", f"Choose one of {', '.join(BENCHES)}")
@@ -37,5 +41,9 @@ def run_bench(name: str, **options: Any) -> Result:
     if unknown := sorted(given.keys() - known):
         takes = [f"--{key}" for key in options if key in known]
         raise AprError(f"bench {name} has no --{unknown[0]}", f"It takes {', '.join(takes) or 'no such option'}")
+    if engine := given.get("engine"):  # before a Ray is started
+        require_engine(parse_config({"engine": {"name": engine}}).engine)
+    if checkpoint := given.get("checkpoint"):
+        given["checkpoint"] = str(find_policy(Path(checkpoint)))
     result: Result = bench.run(**given)
     return result

@@ -48,10 +48,8 @@ def run(
         from apr_ray.bench import trees as real
 
         if engine is None or checkpoint is None:
-            raise AprError(
-                f"bench rollout with engine {engine} and checkpoint {checkpoint}",
-                "Give both: --engine sglang --checkpoint runs/NAME/sft/final",
-            )
+            missing = "--engine" if engine is None else "--checkpoint"
+            raise AprError(f"{missing} is missing", "Give both: --engine sglang --checkpoint runs/NAME/sft/final")
         with private_ray():
             return real.run(engine, checkpoint, trees or real.TREES, repeats or real.REPEATS)
     repeats = repeats or REPEATS

@@ -159,9 +159,7 @@ def _waits(trees: Sequence[ThreadTree]) -> dict[str, float]:
 class TextCalls:
     """An engine as the released code has it: each call blocks a thread on one HTTP request, text in and text out."""
 
-    capabilities = Capabilities(
-        seeds=False, deterministic=False, in_flight_update=False, keeps_kv=False, priorities=False, sleeps=False
-    )
+    capabilities = Capabilities(seeds=False, deterministic=False, keeps_kv=False, sleeps=False)
 
     def __init__(self, url: str, tokenizer: Any, context_tokens: int, threads: ThreadPoolExecutor) -> None:
         self.url = url

@@ -31,7 +31,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
         except OSError as error:
             raise ConfigError(f"cannot read config {path}: {error.strerror}", "Check the path") from error
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}", "Fix the file") from error
+            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", "Fix the file") from error
         if data is not None and not isinstance(data, dict):
             raise ConfigError(f"{path} holds a {type(data).__name__}", "A config is a mapping of sections")
         tree = _merge(tree, data or {})
@@ -130,6 +130,6 @@ def _explain(error: ValidationError, kind: Any, prefix: str = "") -> ConfigError
         for part in first["loc"][:-1]:
             section = section.model_fields[str(part)].annotation
         return _unknown_key(path, str(first["loc"][-1]), list(section.model_fields))
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list: [a, b]")
     seen = "" if isinstance(first["input"], dict | Section) else f" (got {first['input']!r})"
     return ConfigError(f"config {path or 'as a whole'}: {message}{seen}", "Run apr-ray config show for every key")

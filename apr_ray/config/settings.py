@@ -39,7 +39,7 @@ class TaskConfig(Section):
 
 
 class ModelConfig(Section):
-    """A Llama-2 architecture (paper section 4.1); the defaults are `apr-tiny`."""
+    """A Llama-2 architecture (paper section 4.1), small by default."""
 
     hidden_size: Positive = 128
     """Width of the residual stream."""
@@ -231,7 +231,7 @@ class GrpoConfig(Section):
 
 
 class BoundsConfig(Section):
-    """Bounds of one tree (contract 5); hitting one is a recorded outcome."""
+    """Bounds of one tree; hitting one is a recorded outcome."""
 
     max_depth: Count = 1
     """Levels of children; 0 forbids spawning."""
@@ -334,6 +334,16 @@ class EngineConfig(Section):
     """Further arguments of SGLang's or vLLM's engine, passed on as they are."""
     server_urls: list[str] = []
     """SGLang servers, one per rollout worker, as `http://host:30000`; they must see `run.root` at the same path."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> EngineConfig:
+        """What an engine would not even look at, and whose absence would be noticed late."""
+        ignored = {"torch": ["kv_tokens"], "sglang_server": ["device", "dtype", "kv_tokens"]}.get(self.name, [])
+        for key in ignored if self.name == "torch" else [*ignored, "deterministic"]:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {value}, which engine {self.name} knows nothing of")
+        return self
 
     @model_validator(mode="after")
     def _server_args_are_free(self) -> EngineConfig:
@@ -522,6 +532,15 @@ class Config(Section):
             raise ValueError("engine.device is cuda, rollout.gpus_per_worker is 0: a worker reserves what it uses")
         if engine.name == "torch" and gpus > 1:
             raise ValueError(f"rollout.gpus_per_worker is {gpus:g}, the torch engine uses one GPU or a share of it")
+        return self
+
+    @model_validator(mode="after")
+    def _a_drained_worker_has_all_of_its_trees(self) -> Config:
+        if self.grpo.overlap and self.rollout.fan_out == "spread" and self.weights.mode == "drain":
+            raise ValueError(
+                "weights.mode drain lets a worker's trees end first, and with rollout.fan_out spread their children run"
+                " on others: with grpo.overlap use weights.mode=pause, or rollout.fan_out=local"
+            )
         return self
 
     @model_validator(mode="after")

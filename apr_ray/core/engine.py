@@ -111,18 +111,14 @@ class Capabilities:
     Attributes:
         seeds: a request's draws depend on its seed alone.
         deterministic: a request's tokens do not depend on what else is in the batch.
-        in_flight_update: weights may change while requests run (token spans name the versions).
         keeps_kv: an update may leave the KV of running requests as it is (`Chunk.kv_version` names its weights).
-        priorities: `GenerateRequest.priority` orders admission.
         sleeps: it can give its memory back between requests (`Engine.sleep`).
         cache_block: KV of a prefix is reused in whole blocks of this many tokens.
     """
 
     seeds: bool
     deterministic: bool
-    in_flight_update: bool
     keeps_kv: bool
-    priorities: bool
     sleeps: bool
     cache_block: int = 1
 
@@ -185,5 +181,5 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
-        """Abort what runs and free everything."""
+        """Abort what runs, and end what it started. Nothing may be asked of it afterwards."""
         ...

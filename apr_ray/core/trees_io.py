@@ -78,7 +78,7 @@ def tree_from_json(data: Any) -> ThreadTree:
     if data.get("format") != FORMAT_VERSION:
         raise AprError(
             f"tree format is {data.get('format')!r}, this version reads {FORMAT_VERSION}",
-            "Read it with the apr-ray version that wrote it",
+            "Give a file of trees (eval/*.jsonl); another version's is read by that version of apr-ray",
         )
     try:
         return ThreadTree(

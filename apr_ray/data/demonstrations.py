@@ -185,12 +185,18 @@ def _tokens_in(directory: Path) -> int:
     return total
 
 
-def _read(directory: Path, columns: list[str]) -> Any:
-    import pyarrow.parquet as pq
-
+def require_demonstrations(directory: Path) -> list[Path]:
+    """The files of a set. Raises AprError where there is none."""
     files = sorted(directory.glob("*.parquet"))
     if not files:
         raise AprError(f"no Parquet files in {directory}", "Make them: apr-ray data")
+    return files
+
+
+def _read(directory: Path, columns: list[str]) -> Any:
+    import pyarrow.parquet as pq
+
+    files = require_demonstrations(directory)
     return pq.read_table([str(f) for f in files], columns=columns)
 
 

@@ -16,6 +16,7 @@ Run as a script (standard library only), this file is the guard. It needs Linux'
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -26,6 +27,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 MARK = "APR_RAY_MARKS"
 POLL_S = 1.0
 """How often the guard looks whether its parent changed: for owners that were forked while they held the pipe."""
@@ -70,10 +72,11 @@ class ProcessGuard:
         return environment({MARK: marks, "SPT_NOENV": "1"})
 
     def close(self, timeout_s: float = GIVE_UP_S + 10) -> None:
-        """Kill what bears the mark and wait until it is gone. Idempotent."""
+        """Kill what bears the mark and wait until it is gone; what cannot be killed is logged. Idempotent."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
-        self._guard.wait(timeout_s)
+        if self._guard.wait(timeout_s):
+            log.error("processes %s cannot be killed: a driver may hold them", marked_processes(self.mark))
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -93,8 +96,8 @@ def marked_processes(mark: str) -> list[int]:
     return found
 
 
-def kill_marked(mark: str) -> None:
-    """SIGKILL everything that bears a mark, until nothing does."""
+def kill_marked(mark: str) -> bool:
+    """SIGKILL everything that bears a mark, until nothing does; whether that was so within `GIVE_UP_S`."""
     quiet, end = 0, time.monotonic() + GIVE_UP_S
     while quiet < QUIET_ROUNDS and time.monotonic() < end:
         found = marked_processes(mark)
@@ -103,15 +106,16 @@ def kill_marked(mark: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         quiet = 0 if found else quiet + 1
         time.sleep(ROUND_S)
+    return quiet >= QUIET_ROUNDS
 
 
-def _guard(mark: str, owner: int) -> None:
+def _guard(mark: str, owner: int) -> bool:
     while os.getppid() == owner:
         readable, _, _ = select.select([sys.stdin], [], [], POLL_S)
         if readable and not os.read(sys.stdin.fileno(), 1):
             break
-    kill_marked(mark)
+    return kill_marked(mark)
 
 
 if __name__ == "__main__":
-    _guard(sys.argv[1], int(sys.argv[2]))
+    sys.exit(not _guard(sys.argv[1], int(sys.argv[2])))

@@ -10,17 +10,22 @@ from apr_ray.config import EngineConfig
 from apr_ray.core.engine import Engine
 from apr_ray.core.errors import AprError
 
-PACKAGES = {"torch": "torch", "sglang": "sglang", "sglang_server": "aiohttp", "vllm": "vllm"}
-"""The engines of this version, and the package that each is built on."""
+PACKAGES = {
+    "torch": ("torch", "torch"),
+    "sglang": ("sglang", "'apr-ray[sglang]'"),
+    "sglang_server": ("aiohttp", "aiohttp"),
+    "vllm": ("vllm", "'apr-ray[vllm]'"),
+}
+"""The engines of this version, the package that each is built on, and what pip installs it by."""
 
 
 def require_engine(config: EngineConfig) -> None:
     """Raise AprError where the configured engine is not there to be built; imports nothing."""
-    package = PACKAGES[config.name]
+    package, install = PACKAGES[config.name]
     if importlib.util.find_spec(package) is None:
         raise AprError(
             f"engine.name is {config.name}, but {package} is not installed",
-            f"pip install 'apr-ray[{config.name}]', or use engine.name=torch",
+            f"pip install {install}, or use engine.name=torch",
         )
 
 
@@ -34,7 +39,7 @@ def build_engine(
 ) -> Engine:
     """The configured engine over a checkpoint. Raises AprError where it is not there to be built.
 
-    `on_death` is called, from any thread, if the engine has processes of its own and loses one; it is told why.
+    `on_death` is called, from any thread, if the engine fails or loses one of its processes; it is told why.
     `sleeps` says that it will be asked to; whether it then can, its capabilities say. `place` counts the pool's
     workers: which of `engine.server_urls` is this one's.
     """
@@ -51,6 +56,7 @@ def build_engine(
             device=config.device or "cpu",
             dtype=config.dtype,
             deterministic=config.deterministic,
+            on_death=on_death,
         )
     if config.name == "sglang_server":
         from apr_ray.engines.sglang_server import SGLangServer

@@ -36,9 +36,7 @@ class ScriptedEngine:
         gate: awaited with the request id before every chunk, so that a test decides who goes on when.
     """
 
-    capabilities = Capabilities(
-        seeds=True, deterministic=True, in_flight_update=True, keeps_kv=True, priorities=False, sleeps=True
-    )
+    capabilities = Capabilities(seeds=True, deterministic=True, keeps_kv=True, sleeps=True)
 
     def __init__(
         self,

@@ -96,9 +96,7 @@ class SGLangBase:
             new ones are refused.
     """
 
-    capabilities = Capabilities(
-        seeds=False, deterministic=False, in_flight_update=True, keeps_kv=False, priorities=True, sleeps=False
-    )
+    capabilities = Capabilities(seeds=False, deterministic=False, keeps_kv=False, sleeps=False)
     tells_versions = True
     """Whether SGLang says, at a request's end, which version drew which token."""
 

@@ -33,6 +33,9 @@ from apr_ray.engines.requests import refuse_unknown
 from apr_ray.engines.sglang_base import FIRST_VERSION, IDLE_S, SPARE_TOKENS, SGLangBase, require_success
 from apr_ray.model.shared_buffer import new_shared, shared_tensor
 
+JOIN_S = 5.0
+"""For a process that was killed to be gone."""
+
 
 class SGLangEngine(SGLangBase):
     """An engine over a Hugging Face Llama checkpoint folder. Use it from one event loop.
@@ -220,7 +223,7 @@ class SGLangEngine(SGLangBase):
         await self._end_all(FinishReason.ABORTED, "")
         self._guard.close()
         for process in self._processes:
-            process.join()
+            process.join(JOIN_S)  # the guard has killed them, or has said which it could not kill
         for task in self._manager.asyncio_tasks:
             task.cancel()
         for socket in (self._manager.recv_from_detokenizer, self._manager.send_to_scheduler, self._engine.send_to_rpc):

@@ -90,7 +90,7 @@ class VLLMEngine:
         dtype: of weights and KV.
         server_args: further arguments of vLLM's engine (`EngineArgs`), as they are.
         sleeps: whether it will be asked to sleep, which takes vLLM's sleep mode; on a CPU there is none.
-        on_death: called with the reason, from another thread, when the engine fails. Without it, running requests end
+        on_death: called with the reason when the engine fails. Without it, running requests end
             with ERROR and new ones are refused.
 
     Raises:
@@ -99,9 +99,7 @@ class VLLMEngine:
             vLLM was built for.
     """
 
-    capabilities = Capabilities(
-        seeds=True, deterministic=False, in_flight_update=True, keeps_kv=False, priorities=True, sleeps=False
-    )
+    capabilities = Capabilities(seeds=True, deterministic=False, keeps_kv=False, sleeps=False)
 
     def __init__(
         self,
@@ -137,6 +135,9 @@ class VLLMEngine:
         self._driver: asyncio.Task[None] | None = None
         on_cpu = require_device(device)
         require_head_size(shape, on_cpu)
+        given = server_args or {}
+        tensor_parallel = int(given.get("tensor_parallel_size", 1))
+        several = tensor_parallel * int(given.get("pipeline_parallel_size", 1)) > 1
         arguments = {
             "model": str(checkpoint),
             "skip_tokenizer_init": True,
@@ -152,10 +153,12 @@ class VLLMEngine:
             "seed": 0,
             "enable_sleep_mode": sleeps and not on_cpu,
             "worker_extension_cls": "apr_ray.engines.vllm_worker.WorkerExtension",
-            **kv_arguments(shape, dtype, kv_tokens, max_sequences, self.context_tokens, on_cpu),
+            **kv_arguments(shape, dtype, kv_tokens, max_sequences, self.context_tokens, on_cpu, tensor_parallel),
+            # By itself vLLM would ask Ray for workers, in bundles of one GPU; ours holds all of this actor's.
+            **({"distributed_executor_backend": "mp"} if several else {}),
             # Prefilled in pieces, a request with a seed would need an offset that generators on a CPU have not.
             **({"enforce_eager": True, "enable_chunked_prefill": False} if on_cpu else {}),
-            **(server_args or {}),
+            **given,
         }
         self.capabilities = replace(self.capabilities, sleeps=sleeps and not on_cpu)
         self._guard = ProcessGuard()  # of worker processes, where vLLM starts some: with more than one GPU

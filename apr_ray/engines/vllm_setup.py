@@ -56,9 +56,15 @@ def require_head_size(shape: DecoderShape, on_cpu: bool) -> None:
 
 
 def kv_arguments(
-    shape: DecoderShape, dtype: str, kv_tokens: int | None, max_sequences: int, context_tokens: int, on_cpu: bool
+    shape: DecoderShape,
+    dtype: str,
+    kv_tokens: int | None,
+    max_sequences: int,
+    context_tokens: int,
+    on_cpu: bool,
+    tensor_parallel: int,
 ) -> dict[str, Any]:
-    """How much memory KV gets. On a CPU vLLM would take most of it."""
+    """How much memory KV gets, on each of the GPUs that share its heads. On a CPU vLLM would take most of it."""
     if on_cpu and kv_tokens is None:
         kv_tokens = (max_sequences + 1) * (context_tokens + CPU_BLOCK_TOKENS)
     arguments: dict[str, Any] = {"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}
@@ -68,9 +74,8 @@ def kv_arguments(
                 f"engine.kv_tokens is {kv_tokens}, one full request needs {context_tokens + CPU_BLOCK_TOKENS}",
                 "Raise it, or lower engine.context_tokens",
             )
-        arguments["kv_cache_memory_bytes"] = (
-            kv_tokens * shape.layers * 2 * shape.kv_heads * shape.head_size * BYTES[dtype]
-        )
+        heads = -(-shape.kv_heads // tensor_parallel)
+        arguments["kv_cache_memory_bytes"] = kv_tokens * shape.layers * 2 * heads * shape.head_size * BYTES[dtype]
     return arguments
 
 

@@ -103,12 +103,14 @@ def keep_batch(run: Path, step: KeptStep, trees: Sequence[ThreadTree], policy: P
 
 def find_batch(run: Path, step: int) -> Path:
     """The folder of a kept batch of a run (or of a quickstart's GRPO phase). Raises AprError naming the kept steps."""
+    if not run.is_dir():
+        raise AprError(f"there is no folder {run}", "Give a GRPO run's folder, or a quickstart's")
     places = [run / "batches", run / "grpo" / "batches"]
     for place in places:
         if (place / f"step-{step:06d}").is_dir():
             return place / f"step-{step:06d}"
     kept = sorted(int(path.name.removeprefix("step-")) for place in places for path in place.glob("step-*"))
-    known = f"kept are steps {', '.join(map(str, kept))}" if kept else "none is kept; run with grpo.keep_batches=every"
+    known = f"kept are steps {', '.join(map(str, kept))}" if kept else "none is kept: see grpo.keep_batches"
     raise AprError(f"no batch of step {step} in {run}", known[0].upper() + known[1:])
 
 

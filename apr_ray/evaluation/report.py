@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apr_ray.config import load_config
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.trees_io import read_trees
 from apr_ray.evaluation.lanes import lanes_of, render_lanes
@@ -88,20 +90,25 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     if tree is not None:
         _plot_tree(run / "tree.png", tree)
     page = run / "report.html"
-    page.write_text(_page(summaries, tree, read_metrics(grpo)), encoding="utf-8")
+    config = load_config([grpo / "config.yaml"])
+    asked = f"{config.evaluation.problems} held-out problems, seed {config.run.seed}"
+    about = f"{run.name}, {time.strftime('%Y-%m-%d')}: {asked}"
+    page.write_text(_page(about, summaries, tree, read_metrics(grpo)), encoding="utf-8")
     return page
 
 
-def _page(summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]) -> str:
-    after = summaries[-1]
+def _page(
+    about: str, summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]
+) -> str:
     head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential tokens")
     cells = "".join(f"<th>{h}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(summaries))
     failures = ""
-    for mode, found in after.modes.items():
-        reasons = {k.removeprefix("failure/"): v for k, v in found.items() if k.startswith("failure/")}
-        listed = ", ".join(f"{r} {v:.1f} %" for r, v in sorted(reasons.items(), key=lambda i: -i[1]))
-        failures += f"<p>Failures at the end, {mode_title(mode)}: {listed or 'none'}.</p>"
+    for summary in summaries:
+        for mode, found in summary.modes.items():
+            reasons = {k.removeprefix("failure/"): v for k, v in found.items() if k.startswith("failure/")}
+            listed = ", ".join(f"{r} {v:.1f} %" for r, v in sorted(reasons.items(), key=lambda i: -i[1]))
+            failures += f"<li>{html.escape(summary.label)}, {mode_title(mode)}: {html.escape(listed) or 'none'}</li>"
     steps = [r for r in rows if "time/step_s" in r]
     phases = ""
     if steps:
@@ -109,8 +116,8 @@ def _page(summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[
             k: sum(r[f"time/{k}_s"] for r in steps) / len(steps) for k in ("rollout", "reward", "learn", "sync", "step")
         }
         phases = (
-            f"<p>A GRPO step took {mean['step']:.1f} s: rollouts {mean['rollout']:.1f}, rewards {mean['reward']:.2f},"
-            f" learning {mean['learn']:.1f}, weight sync {mean['sync']:.2f}.</p>"
+            f"<p>A GRPO step took {mean['step']:.1f} s: rollouts {mean['rollout']:.1f} s, rewards"
+            f" {mean['reward']:.2f} s, learning {mean['learn']:.1f} s, weight sync {mean['sync']:.2f} s.</p>"
         )
     drawn = ""
     if tree is not None:
@@ -118,17 +125,22 @@ def _page(summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[
             f"<h2>One tree</h2><p>{html.escape(tree.problem_key)}: {html.escape(tree.verdict)},"
             f" {tree.children} children, {tree.total_tokens} tokens, {tree.sequential_tokens} of them"
             f" on the critical path.</p>"
-            f'<img src="tree.png" alt="lanes of one tree"><pre>{html.escape(render_lanes(tree))}</pre>'
+            f'<img src="tree.png" alt="lanes of one tree"><p>Blue: the parent; green: a child that solved; grey: one'
+            f" without a solution; amber: cancelled; red: cut off or failed. Dotted: waiting.</p><pre>"
+            f"{html.escape(render_lanes(tree))}</pre>"
             f"<details><summary>The parent's context</summary><pre>{html.escape(tree.final_text)}</pre></details>"
         )
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>apr-ray run</title>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(about)}</title>"
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
         "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
-        "img{max-width:100%}pre{overflow:auto;background:#f6f6f6;padding:1rem;font-size:12px}</style>"
-        f"<h1>Adaptive parallel reasoning: before and after GRPO</h1><table><tr>{cells}</tr>{body}</table>"
+        ".wide{overflow-x:auto}img{display:block;max-width:100%;margin:1.5rem 0}"
+        "pre{overflow:auto;background:#f6f6f6;padding:1rem;font-size:12px}</style>"
+        f"<h1>Adaptive parallel reasoning: before and after GRPO</h1><p>{html.escape(about)}</p>"
+        f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
         f'<img src="accuracy.png" alt="accuracy"><img src="curves.png" alt="training curves">'
-        f"{failures}{phases}{drawn}</html>"
+        f"<h2>Failures, of all trees</h2><ul>{failures}</ul>{phases}{drawn}</html>"
     )
 
 

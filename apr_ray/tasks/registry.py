@@ -7,6 +7,8 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any, cast
 
+from pydantic import TypeAdapter
+
 from apr_ray.config import TaskConfig, parse_options
 from apr_ray.core.errors import ConfigError
 from apr_ray.core.task import Task
@@ -19,10 +21,22 @@ def load_task(config: TaskConfig) -> Task:
 
     A task class has `options_type`, a dataclass, and is built from an instance of it.
     """
-    task_class = _import(config.name) if ":" in config.name else _installed(config.name)
-    if not hasattr(task_class, "options_type"):
-        raise ConfigError(f"{config.name!r} is no task class: it has no options_type", "Give it a dataclass of options")
+    task_class = _task_class(config.name)
     return cast(Task, task_class(parse_options(task_class.options_type, config.options, "task.options")))
+
+
+def all_options(config: TaskConfig) -> dict[str, Any]:
+    """The task's options with their defaults. Raises as `load_task` does."""
+    parsed = parse_options(_task_class(config.name).options_type, config.options, "task.options")
+    options: dict[str, Any] = TypeAdapter(type(parsed)).dump_python(parsed, mode="json")
+    return options
+
+
+def _task_class(name: str) -> Any:
+    found = _import(name) if ":" in name else _installed(name)
+    if not hasattr(found, "options_type"):
+        raise ConfigError(f"{name!r} is no task class: it has no options_type", "Give it a dataclass of options")
+    return found
 
 
 def _installed(name: str) -> Any:

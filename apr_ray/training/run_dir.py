@@ -98,14 +98,14 @@ class RunDir:
     def resume(cls, path: Path, config: Config | None = None) -> RunDir:
         """An existing folder. Raises ConfigError naming what differs where `config` is not the one it was run with.
 
-        Where a run lies, how Ray is reached and what watches it may differ: the last two are then `config`'s.
+        Where a run lies, how Ray is reached and what watches it may differ: the last two are then `config`'s. So may
+        `init_from`, where nothing lies there any more.
         """
-        file = path / "config.yaml"
-        if not file.is_file():
-            raise AprError(f"{path} is no run folder (config.yaml is missing)", "Give a folder under run.root")
-        saved = load_config([file])
+        saved = load_config([cls.config_file(path)])
         if config is not None:
             saved = saved.model_copy(update={"ray": config.ray, "tracking": config.tracking})
+            if saved.init_from and not Path(saved.init_from).exists():  # it was moved
+                saved = saved.model_copy(update={"init_from": config.init_from})
             place = config.run.model_copy(update={"root": saved.run.root, "name": saved.run.name})
             changed = differences(saved, config.model_copy(update={"run": place}))
             if changed:
@@ -115,6 +115,14 @@ class RunDir:
         run = cls(path.resolve(), saved)
         run._tidy()
         return run
+
+    @staticmethod
+    def config_file(path: Path) -> Path:
+        """A run folder's config. Raises AprError where it has none."""
+        file = path / "config.yaml"
+        if not file.is_file():
+            raise AprError(f"{path} is no run folder (config.yaml is missing)", "Give a folder under run.root")
+        return file
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 

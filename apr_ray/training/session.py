@@ -23,6 +23,8 @@ from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.trackers import build_tracker
 from apr_ray.training.run_dir import LoopState, RunDir, flat_params
 
+CONNECT_S = 5.0
+
 
 class Clock:
     """Seconds of training, over all incarnations of a run."""
@@ -60,6 +62,8 @@ def require_startable(config: Config, policy: str | Path | None = None) -> None:
         port = config.ray.dashboard_port
         if port and not ray.is_initialized() and _is_busy(port):
             raise ConfigError(f"ray.dashboard_port {port} is in use", "Choose a free port, or 0 for no dashboard")
+    else:
+        _require_answer(config.ray.address)
 
 
 @contextmanager
@@ -116,6 +120,19 @@ def _private_ray(config: Config) -> Iterator[None]:
         yield
     finally:
         guard.close()
+
+
+def _require_answer(address: str) -> None:
+    """Raise ConfigError where nothing listens at `host:port`: Ray itself would try for many minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", which Ray looks up
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster at ray.address {address}: {error}", "Start one, or give its address"
+        ) from error
 
 
 def _is_busy(port: int) -> bool:

@@ -78,6 +78,22 @@ class DecoderShape:
         return shapes
 
 
+def require_plain_llama(config: Mapping[str, Any], checkpoint: str) -> None:
+    """Raise AprError for a checkpoint that `Decoder` would compute otherwise than it was trained."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    for key, found, known in (
+        ("rope_type", kind, "default"),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", config.get("attention_bias", False), False),
+        ("mlp_bias", config.get("mlp_bias", False), False),
+    ):
+        if found != known:
+            raise AprError(
+                f"{checkpoint}: {key} is {found!r}, the torch engine knows {known!r}", "Use engine.name=sglang"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Neighbouring slots that attend in one call.
@@ -145,18 +161,19 @@ class Decoder:
             torch.cuda.empty_cache()
 
     def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take over weights by Hugging Face names; the caller has checked them."""
+        """Take over weights by Hugging Face names, all or, where memory does not suffice, none; the caller has checked
+        them."""
 
         def get(name: str) -> torch.Tensor:
             return torch.tensor(state[name], dtype=self.dtype, device=self.device)  # a copy: the source may be shared
 
-        self.embed = get("model.embed_tokens.weight")
-        self.head = self.embed if self.shape.tied else get("lm_head.weight")
-        self.final_norm = get("model.norm.weight")
-        self.layers = []
+        embed = get("model.embed_tokens.weight")
+        head = embed if self.shape.tied else get("lm_head.weight")
+        final_norm = get("model.norm.weight")
+        layers = []
         for i in range(self.shape.layers):
             at = f"model.layers.{i}."
-            self.layers.append(
+            layers.append(
                 (
                     get(at + "input_layernorm.weight"),
                     torch.cat([get(at + f"self_attn.{p}_proj.weight") for p in "qkv"]),
@@ -166,6 +183,7 @@ class Decoder:
                     get(at + "mlp.down_proj.weight"),
                 )
             )
+        self.embed, self.head, self.final_norm, self.layers = embed, head, final_norm, layers
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of one slot's KV to another."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, 
 from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.requests import context_limit, token_limit
-from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape
+from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, require_plain_llama
 from apr_ray.engines.torch_engine.rows import Rows, Running
 from apr_ray.engines.torch_engine.sampler import sample, uniforms
 from apr_ray.model.llama import load_weights, read_config
@@ -46,6 +46,8 @@ class TorchEngine:
         deterministic: a request's tokens and logprobs do not depend, to the last bit, on what else is in the batch, on
             its row, or on what was cached. Every step computes `max_sequences` rows by one token, prompts included, and
             attends row by row (see `Decoder.forward_fixed`).
+        on_death: called with the reason when a step fails. Without it, its requests end with ERROR and later ones are
+            tried again.
 
     Raises:
         AprError: the context does not fit the model; `device` is not there; or `deterministic` is asked for where this
@@ -65,6 +67,7 @@ class TorchEngine:
         device: str = "cpu",
         dtype: str = "float32",
         deterministic: bool = False,
+        on_death: Callable[[str], None] | None = None,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise AprError(
@@ -80,6 +83,7 @@ class TorchEngine:
         self.decoder.load(state)
         self.version = version
         self.expected = shape.parameter_shapes()
+        self.on_death = on_death
         self.asleep = False
         self.waiting: list[tuple[int, int, Running]] = []
         self.by_id: dict[str, Running] = {}
@@ -90,9 +94,7 @@ class TorchEngine:
         self.capabilities = Capabilities(
             seeds=True,
             deterministic=deterministic,
-            in_flight_update=True,
             keeps_kv=True,
-            priorities=True,
             sleeps=True,
         )
         if deterministic:
@@ -101,7 +103,9 @@ class TorchEngine:
     @classmethod
     def from_checkpoint(cls, checkpoint: str | Path, **options: Any) -> Self:
         """An engine over a Hugging Face Llama checkpoint folder; options as in the constructor."""
-        shape = DecoderShape.from_config(read_config(checkpoint))
+        config = read_config(checkpoint)
+        require_plain_llama(config, str(checkpoint))
+        shape = DecoderShape.from_config(config)
         state, expected = load_weights(checkpoint), shape.parameter_shapes()
         for name in sorted(state.keys() | expected.keys()):
             found = state[name].shape if name in state else "missing"
@@ -187,7 +191,7 @@ class TorchEngine:
         """Abort everything and wait until it is gone."""
         await self.abort("")
         if self._loop_task is not None:
-            await self._loop_task
+            await asyncio.wait([self._loop_task])
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +205,8 @@ class TorchEngine:
                 self._finish(running, FinishReason.ERROR, f"{type(error).__name__}: {error}")
             self.rows.active.clear()
             self.waiting.clear()
+            if self.on_death is not None:
+                self.on_death(f"a step failed: {type(error).__name__}: {error}")
             raise
 
     def _step(self) -> None:

@@ -72,15 +72,18 @@ class ProblemSpace:
 
     def __post_init__(self) -> None:
         if not 2 <= self.count <= MAX_NUMBERS:
-            raise AprError(f"task.count is {self.count}", f"Use between 2 and {MAX_NUMBERS}")
+            raise AprError(f"task.options.space.count is {self.count}", f"Use between 2 and {MAX_NUMBERS}")
         if not 0 <= self.low <= self.high:
-            raise AprError(f"number range {self.low}..{self.high} is empty", "Use 0 <= low <= high")
+            raise AprError(f"task.options.space.low..high is {self.low}..{self.high}", "Use 0 <= low <= high")
         if not 0 <= self.target_low <= self.target_high:
-            raise AprError(f"target range {self.target_low}..{self.target_high} is empty", "Use low <= high")
+            raise AprError(
+                f"task.options.space.target_low..target_high is {self.target_low}..{self.target_high}",
+                "Use 0 <= target_low <= target_high",
+            )
         for name in ("heldout_fraction", "heldout_targets_fraction"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise AprError(f"task.{name} is {value}", "Use a fraction in [0, 1)")
+                raise AprError(f"task.options.space.{name} is {value}", "Use a fraction in [0, 1)")
 
     def split_of(self, problem: CountdownProblem) -> str:
         """ "train", "heldout" or "heldout_targets", by stable hashes alone: the same on any machine."""

@@ -48,10 +48,12 @@ class SolverOptions:
     Attributes:
         beam_low, beam_high: the parent's (or the only thread's) beam.
         child_beam_high: a child's beam is drawn from its parent's beam up to this.
-        promising: probability of the coin.
+        promising: probability that the search of a node spawns its successors as children; else they are searched in
+            the same thread.
         usual_beam, usual_share: this share of the runs takes this one beam, the others draw theirs from the range. A
             policy that imitates them greedily searches as wide as is usual; how wide is best is left to reinforcement
             learning to find out. The paper draws uniformly (share 0).
+        order: in which successors are written: the best first and shuffled, as in the paper, or as they are enumerated.
     """
 
     beam_low: int = 1
@@ -64,18 +66,22 @@ class SolverOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_low <= self.beam_high:
-            raise AprError(f"beam range {self.beam_low}..{self.beam_high} is empty", "Use 1 <= beam_low <= beam_high")
+            raise AprError(
+                f"task.options.solver.beam_low..beam_high is {self.beam_low}..{self.beam_high}",
+                "Use 1 <= beam_low <= beam_high",
+            )
         if self.child_beam_high < self.beam_high:
             raise AprError(
-                f"child_beam_high {self.child_beam_high} is below beam_high {self.beam_high}",
+                f"task.options.solver.child_beam_high {self.child_beam_high} is below beam_high {self.beam_high}",
                 "A child's beam is drawn from its parent's beam upwards: raise child_beam_high",
             )
         for name in ("promising", "usual_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise AprError(f"{name} is {getattr(self, name)}", "Use a probability")
+                raise AprError(f"task.options.solver.{name} is {getattr(self, name)}", "Use a probability")
         if self.usual_share and not self.beam_low <= self.usual_beam <= self.beam_high:
             raise AprError(
-                f"usual_beam {self.usual_beam} is outside {self.beam_low}..{self.beam_high}", "Choose one of the range"
+                f"task.options.solver.usual_beam {self.usual_beam} is outside {self.beam_low}..{self.beam_high}",
+                "Choose one of the range",
             )
 
     def draw_beam(self, rng: random.Random) -> int:

@@ -30,6 +30,9 @@ class CountdownOptions:
     """What `task.options` may hold for Countdown.
 
     Attributes:
+        method: APR's threads, or SoS+'s search in one thread (the paper's baseline).
+        space: which problems there are.
+        max_depth: levels of children that the protocol allows; see `bounds.max_depth` too.
         solver: which demonstrations there are; the paper's for the method by default.
         budgets: demonstrations begin with what they turned out to cost, so that a policy can be asked for a budget
             (`rollout.budget`; paper section 4.2).
