@@ -73,7 +73,7 @@ def wait_until(what: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: T
 
 def send(pool: RolloutPool, update: Any, counter: int) -> None:
     """An update that lies in the object store, as the default transport sends it."""
-    learners: Any = SimpleNamespace(weights=lambda _: update, parameters=0)
+    learners: Any = SimpleNamespace(weights=lambda _: (update, {}), parameters=0)
     build_transport(WeightsConfig()).broadcast(learners, pool, WeightVersion(0, counter))
 
 

@@ -40,8 +40,8 @@ class PolicyInHand:
         self.policy = policy
         self.parameters = parameter_count(policy)
 
-    def weights(self, version: WeightVersion) -> Any:
-        return ray.put(pack_weights(trainable_parameters(self.policy), version))
+    def weights(self, version: WeightVersion) -> tuple[Any, dict[str, Any]]:
+        return ray.put(pack_weights(trainable_parameters(self.policy), version)), {}
 
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
         out = []
@@ -73,12 +73,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def config(single_config: Config, checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Config]:
-    settings = {"name": request.param, "device": "cpu", "max_sequences": 8}
+    settings: dict[str, Any] = {"name": request.param, "max_sequences": 8}
     with ExitStack() as stack:
         if request.param == "sglang_server":
             server = stack.enter_context(sglang_server(checkpoint))
             SERVERS.append(server)
             settings |= {"server_urls": [server.url]}
+        else:
+            settings |= {"device": "cpu"}
         yield single_config.model_copy(update={"engine": EngineConfig.model_validate(settings)})
 
 

@@ -272,7 +272,7 @@ def test_a_refused_update_reaches_the_driver_and_changes_nothing(
     update = pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
     update.flat[3] = np.nan
     before = pool.sample_for_check([(5, 6, 7)], 8, 1.0)
-    learners: Any = SimpleNamespace(weights=lambda _: ray.put(update), parameters=0)
+    learners: Any = SimpleNamespace(weights=lambda _: (ray.put(update), {}), parameters=0)
     with pytest.raises(WeightsRejected, match="the checksum is wrong"):
         build_transport(single_config.weights).broadcast(learners, pool, WeightVersion(0, 1))
     assert pool.sample_for_check([(5, 6, 7)], 8, 1.0) == before

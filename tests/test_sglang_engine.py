@@ -60,7 +60,7 @@ class ScriptedSGLang:
         self.recv_from_detokenizer = self.send_to_scheduler = SimpleNamespace(close=lambda linger: None)
         reading, self.life = os.pipe()
         self.process = SimpleNamespace(
-            sentinel=reading, pid=4242, exitcode=-9, is_alive=lambda: False, join=lambda: None
+            sentinel=reading, pid=4242, exitcode=-9, is_alive=lambda: False, join=lambda _: None
         )
         self._subprocess_watchdog = SimpleNamespace(stop=lambda: None, _processes=[self.process])
 

@@ -117,6 +117,26 @@ def update(checkpoint: Path) -> Any:
     return pack_weights(trainable_parameters(load_policy(checkpoint)), WeightVersion(0, 1))
 
 
+def test_several_gpus_are_this_workers_own_and_share_the_memory_of_kv(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    """By itself vLLM would ask Ray for a bundle of each GPU; and the memory that it takes for KV is one GPU's."""
+    asked: list[dict[str, Any]] = []
+
+    def keep(arguments: dict[str, Any], on_cpu: bool) -> ScriptedVLLM:
+        asked.append(arguments)
+        return ScriptedVLLM()
+
+    monkeypatch.setattr(vllm_engine, "require_device", lambda device: False)
+    monkeypatch.setattr(vllm_engine, "launch", keep)
+    for server_args in ({}, {"tensor_parallel_size": 2}):
+        VLLMEngine(checkpoint, kv_tokens=5000, server_args=server_args)
+    one, two = asked
+    assert "distributed_executor_backend" not in one
+    assert two["distributed_executor_backend"] == "mp"
+    assert two["kv_cache_memory_bytes"] == one["kv_cache_memory_bytes"] / 2
+
+
 def test_tokens_come_at_the_interval_and_all_calls_from_one_thread(engine_over: Callable[..., VLLMEngine]) -> None:
     vllm = ScriptedVLLM()
 
