@@ -67,7 +67,7 @@ def small_config() -> Config:
             "model": MODEL.model_dump(),
             "data": {"train_problems": 60, "max_sequence_tokens": 768},
             "learner": {"ranks": 2},
-            "sft": {"tokens": 24_000, "batch_tokens": 2000, "log_every": 2, "save_every": 4, "eval_every": 6},
+            "sft": {"tokens": 26_000, "batch_tokens": 2000, "log_every": 2, "save_every": 4, "eval_every": 6},
             "grpo": {
                 "steps": 3,
                 "problems_per_step": 3,

@@ -699,7 +699,7 @@ def run_trees(subject: Subject, count: int) -> None:
     async def one(number: int) -> ThreadTree:
         prompt = (10, 11, 12, 2 + number % 50, 2 + number // 50)
         ask = TreeRequest(Number(str(number), prompt), seed=number)  # type: ignore[arg-type]
-        cut = replace(bounds, cancel_on_success=number % 4 == 0)
+        cut = bounds.model_copy(update={"cancel_on_success": number % 4 == 0})
         return await run_tree(subject.engine, Splitting(), ask, cut, tree_id=f"{subject.requests}-tree-{number:06d}")
 
     async def main() -> list[ThreadTree]:
