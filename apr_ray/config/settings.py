@@ -35,7 +35,7 @@ class TaskConfig(Section):
     name: str = "countdown"
     """Found among the entry points `apr_ray.tasks`, or imported as `module:Class`."""
     options: dict[str, Any] = {}
-    """Typed and checked by the task."""
+    """Typed and checked by the task; `apr-ray config show` lists them."""
 
 
 class ModelConfig(Section):
