@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -340,9 +341,10 @@ class EngineConfig(Section):
         """What an engine would not even look at, and whose absence would be noticed late."""
         ignored = {"torch": ["kv_tokens"], "sglang_server": ["device", "dtype", "kv_tokens"]}.get(self.name, [])
         for key in ignored if self.name == "torch" else [*ignored, "deterministic"]:
-            value = getattr(self, key)
-            if value != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is {value}, which engine {self.name} knows nothing of")
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if value != default:
+                undo = f"engine.{key}={json.dumps(default)}"
+                raise ValueError(f"{key} is {value}, which engine {self.name} knows nothing of: set {undo}")
         return self
 
     @model_validator(mode="after")
