@@ -1,0 +1,5 @@
+"""`python -m apr_ray.cli`."""
+
+from apr_ray.cli import main
+
+main()

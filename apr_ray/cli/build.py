@@ -1,0 +1,149 @@
+"""The commands that make a policy: the whole pipeline, and its phases one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from apr_ray.cli.common import (
+    Files,
+    Overrides,
+    Resume,
+    app,
+    console,
+    final_table,
+    find_config,
+    print_table,
+    read_config,
+    run_folder,
+    say_next,
+    short,
+)
+from apr_ray.core.errors import AprError, ConfigError
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A smoke run of a few minutes; it does not learn.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="About an hour: more of everything.")] = False,
+    config: Files = None,
+    resume: Resume = None,
+) -> None:
+    """The whole pipeline: demonstrations, supervised training, GRPO, a report."""
+    from apr_ray.evaluation.report import write_report
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.quickstart import run_quickstart
+
+    if fast and long:
+        raise ConfigError("--fast and --long exclude each other", "Give one of them")
+    presets = ["quickstart", *(["quickstart-long"] if long else []), *(config or [])]
+    presets += ["quickstart-fast"] if fast else []  # last: whatever else is asked for, it is a smoke run
+    run = run_folder(presets if resume is None else config, overrides, resume, "quickstart")
+    if fast:
+        console().print("[yellow]--fast is a smoke run: it shows that every part works, not that the model learns.[/]")
+    grpo = run_quickstart(run.config, run, ProgressBars())
+    page = write_report(run.path, run.path / "sft", grpo)
+    final_table(grpo)
+    tracking = run.config.tracking
+    store = tracking.uri or f"sqlite:///{run.path.parent}/mlflow.db"
+    say_next(
+        f"the report            {page}",
+        f"one tree as lanes     apr-ray trace {short(run.path)}",
+        *([f"metrics and traces    mlflow ui --backend-store-uri {store}"] if tracking.tracker == "mlflow" else []),
+    )
+
+
+@app.command()
+def data(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    overrides: Overrides = None,
+    config: Files = None,
+) -> None:
+    """Solve training problems symbolically and write the demonstrations to Parquet."""
+    from dataclasses import asdict
+
+    from apr_ray.data.demonstrations import write_demonstrations
+    from apr_ray.tasks.registry import load_task
+    from apr_ray.training.session import ray_session
+
+    settings = read_config(config, overrides)
+    if out.exists():
+        raise AprError(f"{out} exists", "Choose another --out, or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AprError(f"cannot make {out.parent}: {error.strerror}", "Choose another --out") from error
+    task = load_task(settings.task)
+    problems = task.problems("train", settings.data.train_problems, settings.run.seed)
+    with ray_session(settings):
+        summary = write_demonstrations(problems, settings.task, settings.data, settings.run.seed, out)
+    print_table("demonstrations", ("", ""), [(k, f"{v:,}") for k, v in asdict(summary).items()])
+    say_next(f"apr-ray sft --data {out}")
+
+
+@app.command()
+def sft(
+    data: Annotated[Path, typer.Option(help="Folder that `apr-ray data` wrote.")],
+    overrides: Overrides = None,
+    config: Files = None,
+    resume: Resume = None,
+) -> None:
+    """Train a policy on demonstrations."""
+    from apr_ray.data.demonstrations import require_demonstrations
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.sft import train_sft
+
+    require_demonstrations(data)
+    run = run_folder(config, overrides, resume, "sft")
+    policy = train_sft(run.config, run, data, ProgressBars())
+    last = [row for row in run.metrics() if "sft/loss" in row][-1:]
+    print_table("supervised training", ("metric", "last"), [(k, f"{v:.4g}") for row in last for k, v in row.items()])
+    say_next(f"apr-ray eval {short(policy)}", f"apr-ray train --init {short(policy)}")
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    init: Annotated[Optional[Path], typer.Option(help="Policy to begin with: a checkpoint or a run folder.")] = None,
+    config: Files = None,
+    resume: Resume = None,
+) -> None:
+    """Train a policy with GRPO over whole thread trees."""
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.grpo import train_grpo
+    from apr_ray.training.run_dir import find_policy
+
+    begin = [f"init_from={find_policy(init).resolve()}"] if init else []
+    run = run_folder(config, [*(overrides or []), *begin], resume, "train")
+    policy = train_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
+    final_table(run.path)
+    say_next(f"apr-ray eval {short(policy)}", f"apr-ray trace {short(run.path)}")
+
+
+@app.command()
+def controls(
+    init: Annotated[Path, typer.Option(help="Policy that every arm begins with: a checkpoint or a run folder.")],
+    data: Annotated[Path, typer.Option(help="Demonstrations for the arm that goes on with them.")],
+    overrides: Overrides = None,
+    minutes: Annotated[float, typer.Option(help="Of training, for each arm and seed.")] = 10.0,
+    seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 3,
+    arm: Annotated[
+        Optional[list[str]], typer.Option(help="Compare GRPO with this arm only, or with `overlap`; may be repeated.")
+    ] = None,
+    config: Files = None,
+) -> None:
+    """GRPO beside its controls: continued supervised training, rejection sampling, random rewards, a frozen engine."""
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.controls import CONTROLS, run_controls, table_rows
+    from apr_ray.training.run_dir import find_policy
+
+    files = [find_config(f) for f in config or []]
+    policy, bars = find_policy(init), ProgressBars()
+    outcomes = run_controls(
+        files, overrides or [], policy, data, minutes=minutes, seeds=seeds, arms=arm or CONTROLS, bars=bars
+    )
+    head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]", "GRPO is ahead by", "steps")
+    print_table(f"{minutes:g} minutes each, {seeds} seeds", head, table_rows(outcomes))

@@ -1,0 +1,112 @@
+"""What the commands share: the application, their options, and how they print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from apr_ray.core.errors import AprError, ConfigError
+
+if TYPE_CHECKING:
+    from apr_ray.config import Config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Adaptive parallel reasoning on Ray: train, evaluate and run models that spawn and join threads.",
+    epilog="Add --debug to any command for the traceback of an error.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
+app.add_typer(config_app, name="config")
+
+Files = Annotated[
+    Optional[list[str]],
+    typer.Option("--config", "-c", help="YAML file or preset name (quickstart, paper-apr, …); later ones override."),
+]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Overrides of the form a.b=value.", show_default=False)]
+Resume = Annotated[Optional[Path], typer.Option(help="Go on with this run folder.")]
+
+
+def read_config(files: Sequence[str] | None, overrides: Sequence[str] | None) -> Config:
+    """Files and presets, later ones on top, then the overrides."""
+    from apr_ray.config import load_config
+
+    return load_config([find_config(f) for f in files or []], overrides or [])
+
+
+def find_config(name: str) -> Path:
+    """A YAML file, or a preset by its name. Raises ConfigError naming the presets."""
+    presets = Path(__file__).parents[1] / "presets"
+    preset = presets / f"{name}.yaml"
+    if Path(name).suffix in (".yaml", ".yml") or not preset.is_file():
+        if not Path(name).is_file():
+            known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+            raise ConfigError(f"no config file or preset {name!r}", f"Presets: {known}")
+        return Path(name)
+    return preset
+
+
+def run_folder(files: Sequence[str] | None, overrides: Sequence[str] | None, resume: Path | None, command: str) -> Any:
+    """The run folder to go on with, or a new one, which is made only for a run that can start."""
+    from apr_ray.training.run_dir import RunDir, find_policy
+    from apr_ray.training.session import require_startable
+
+    saved = [] if resume is None else [str(RunDir.config_file(resume))]
+    if resume is not None and command != "quickstart" and (resume / "grpo" / "config.yaml").is_file():
+        phase = resume / ("sft" if command == "sft" else "grpo")
+        raise AprError(f"{resume} is a quickstart's folder", f"Give {phase}, or apr-ray quickstart --resume")
+    settings = read_config([*saved, *(files or [])], overrides)
+    policy = find_policy(Path(settings.init_from)) if settings.init_from else None
+    if policy is None and command == "train":
+        raise ConfigError("no policy to begin with", "Give --init CHECKPOINT; make one with apr-ray sft")
+    require_startable(settings, policy)
+    return RunDir.create(settings, command) if resume is None else RunDir.resume(resume, settings)
+
+
+def console(stderr: bool = True) -> Any:
+    """A rich console."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """To stdout; cells are printed as they are, `[sglang]` is no markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left")
+    for column in head:
+        made.add_column(column)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    console(stderr=False).print(made)
+
+
+def final_table(grpo: Path) -> None:
+    """A GRPO run's accuracy and cost, before and after."""
+    from apr_ray.evaluation.report import summarise, table_rows
+
+    head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential")
+    print_table("before and after GRPO", head, table_rows(summarise(grpo)))
+
+
+def say_next(*lines: str) -> None:
+    """What a person may want to do now."""
+    out = console(stderr=False)
+    out.print("next:", highlight=False)
+    for line in lines:
+        out.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def short(path: Path) -> str:
+    """A path from here, where it lies below."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,190 @@
+"""The commands that look at a policy, at a run, or at this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from apr_ray.cli.common import Files, Overrides, app, config_app, console, print_table, read_config, say_next, short
+
+if TYPE_CHECKING:
+    from apr_ray.core.ledger import ThreadTree
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
+    overrides: Overrides = None,
+    config: Files = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write the trees here, as JSON lines.")] = None,
+) -> None:
+    """Accuracy and cost of a policy on held-out problems."""
+    from apr_ray.config import config_of
+    from apr_ray.core.trees_io import write_trees
+    from apr_ray.evaluation.evaluate import evaluate
+    from apr_ray.metrics.names import mode_name
+    from apr_ray.model.llama import read_task
+    from apr_ray.reward.actor import RewardClient
+    from apr_ray.rollout.pool import RolloutPool
+    from apr_ray.tasks.registry import load_task
+    from apr_ray.tracking.progress import ProgressBars
+    from apr_ray.training.run_dir import find_policy
+    from apr_ray.training.session import ray_session, require_startable
+
+    policy = find_policy(model)
+    beside = config_of(policy)  # the run's own bounds and engine, unless told otherwise
+    settings = read_config([*([str(beside)] if beside else []), *(config or [])], overrides)
+    settings = settings.model_copy(update={"task": read_task(policy)})
+    require_startable(settings, policy)
+    what = settings.evaluation
+    problems = load_task(settings.task).problems(what.split, what.problems, settings.run.seed)
+    rows: list[tuple[str, str, str]] = []
+    trees: list[ThreadTree] = []
+    with ray_session(settings):
+        pool, reward = RolloutPool.start(settings, str(policy)), RewardClient(settings.task)
+        for temperature in what.temperatures:
+            count = len(problems) * (1 if temperature == 0 else what.samples)
+            with ProgressBars().bar(f"evaluate, {mode_name(temperature)}", count) as bar:
+                result = evaluate(
+                    pool,
+                    reward,
+                    problems,
+                    temperature=temperature,
+                    samples=what.samples,
+                    seed=settings.run.seed,
+                    budget=settings.rollout.budget,
+                    bar=bar,
+                )
+            prefix = f"eval/{mode_name(temperature)}/"
+            rows += [(mode_name(temperature), k.removeprefix(prefix), f"{v:.4g}") for k, v in result.metrics().items()]
+            trees += result.trees
+    if out is not None:
+        write_trees(out, trees)
+    print_table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
+    say_next(f'apr-ray trace {short(policy)} --problem "3 5 7 -> 22"')
+
+
+@app.command()
+def trace(
+    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a file of trees.")],
+    problem: Annotated[Optional[str], typer.Option(help='Solve this one now, e.g. "3 5 7 -> 22".')] = None,
+    number: Annotated[
+        Optional[int], typer.Option(help="Which recorded tree; by default a solved one that spawned.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="With --problem; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="With --problem.")] = 0,
+    text: Annotated[bool, typer.Option("--text", help="Print every thread's text too.")] = False,
+) -> None:
+    """Print one tree as lanes: who decodes, who waits, what joins."""
+    from apr_ray.evaluation.show import describe_tree, recorded_tree
+
+    if problem is not None:
+        from apr_ray.local import solve
+        from apr_ray.training.run_dir import find_policy
+
+        policy = find_policy(run)
+        beside: Path | None = policy
+        tree = solve(problem, policy, temperature=temperature, seed=seed).tree
+    else:
+        tree, beside = recorded_tree(run, number)
+    console(stderr=False).print(describe_tree(tree, beside, text), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="A GRPO run's folder.")],
+    step: Annotated[int, typer.Argument(help="A step whose batch was kept (grpo.keep_batches).")],
+    tolerance: Annotated[float, typer.Option(help="Largest difference per logprob, in nats.")] = 1e-3,
+) -> None:
+    """Check one training batch: logprobs, versions, dispositions and loss, all computed again from the trees."""
+    from apr_ray.evaluation.audit import audit_batch
+    from apr_ray.evaluation.kept_batch import find_batch, read_batch
+
+    report = audit_batch(read_batch(find_batch(run, step)), tolerance)
+    print_table(f"audit of step {step} of {short(run)}", ("check", "found", "claimed", ""), report.rows())
+    if not report.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
+def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz files.")]) -> None:
+    """Check a folder of traces, joins and verdicts against the grammar, the tokenizer and the verifier."""
+    from apr_ray.tasks.countdown.vectors import check_folder
+
+    report = check_folder(folder)
+    print_table(f"vectors in {folder}", ("check", "agree", "differ"), report.rows())
+    for difference in report.differences[:5]:
+        console(stderr=False).print(difference, highlight=False, markup=False)
+    if report.differences:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="engine, gpu, learner, oracle, rollout, solver, step or sync.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Last line: one JSON object.")] = False,
+    engine: Annotated[Optional[str], typer.Option(help="For sync and rollout: torch, sglang or vllm.")] = None,
+    checkpoint: Annotated[
+        Optional[str], typer.Option(help="For rollout --engine: a trained policy of the quickstart's task.")
+    ] = None,
+    sizes: Annotated[Optional[str], typer.Option(help="For sync: of 4mb,50mb,900mb.")] = None,
+    trees: Annotated[
+        Optional[int], typer.Option(min=2, help="For engine, learner and rollout: how many trees.")
+    ] = None,
+    repeats: Annotated[
+        Optional[int], typer.Option(min=1, help="Turns of each side, where there are sides; their median counts.")
+    ] = None,
+) -> None:
+    """Measure one part against a baseline, side by side, in one run."""
+    import json
+
+    from apr_ray.bench import run_bench
+
+    result = run_bench(
+        name,
+        engine=engine,
+        checkpoint=checkpoint,
+        sizes=tuple(sizes.split(",")) if sizes else (),
+        trees=trees,
+        repeats=repeats,
+    )
+    print_table(
+        f"bench {name}",
+        ("measure", "value"),
+        [(k, f"{v:,.4g}" if isinstance(v, float) else str(v)) for k, v in result.items()],
+    )
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, and what is missing for what."""
+    from apr_ray.doctor import examine
+
+    rows = examine()
+    print_table("apr-ray doctor", ("part", "state", "what for"), rows)
+    if any(state.startswith("missing") for _, state, _ in rows):
+        raise typer.Exit(1)
+
+
+@config_app.command("show")
+def config_show(overrides: Overrides = None, config: Files = None) -> None:
+    """Print the whole configuration as YAML, the task's own options included."""
+    from apr_ray.config import to_yaml
+    from apr_ray.tasks.registry import all_options
+
+    settings = read_config(config, overrides)
+    task = settings.task.model_copy(update={"options": all_options(settings.task)})
+    print(to_yaml(settings.model_copy(update={"task": task})), end="")
+
+
+@config_app.command("validate")
+def config_validate(overrides: Overrides = None, config: Files = None) -> None:
+    """Check a configuration, the task's own options included, without starting anything."""
+    from apr_ray.tasks.registry import load_task
+
+    load_task(read_config(config, overrides).task)
+    console(stderr=False).print("the configuration is valid")
