@@ -19,7 +19,7 @@ from apr_ray.cli import app
 from apr_ray.config import BoundsConfig, TaskConfig
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import Group, ThreadTree
+from apr_ray.core.ledger import Group, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.evaluation.audit import audit_batch
@@ -173,6 +173,17 @@ def test_two_ways_to_the_same_loss_and_gradient(run: Path, step: int) -> None:
     assert float(found["gradient norm"]) > 0.05
     assert ("zero_advantage" in found["dispositions"]) == (step == 2)
     assert (float(found["KL term"]) > 0.001) == (step == 1)
+
+
+def test_a_tree_whose_engine_failed_is_left_out_on_both_sides(
+    trees: tuple[ThreadTree, ...], checkpoint: Path, reference: Path, tmp_path: Path
+) -> None:
+    failed = (replace(trees[0], outcome=Outcome.ENGINE_ERROR), *trees[1:])
+    keep(tmp_path, failed, checkpoint, reference, KL, 1)
+    report = audit_batch(read_batch(find_batch(tmp_path, 1)))
+    assert report.agrees, report.rows()
+    found = {finding.check: finding.found for finding in report.findings}
+    assert f"error {trees[0].total_tokens}" in found["dispositions"]
 
 
 @pytest.fixture(scope="module")

@@ -325,9 +325,9 @@ class Trainer:
             offload_optimizer_states(self.adamw, "cpu", pin_memory=True)
         if self.reference is not None:
             self.reference.to("cpu")
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # or the allocator keeps what was freed from the engine that wakes
+        if self.device.type == "cuda":  # or the allocator keeps what was freed from the engine that wakes
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Inverse of `sleep`; must come before the next step."""

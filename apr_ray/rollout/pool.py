@@ -176,13 +176,15 @@ class RolloutPool:
         self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
     ) -> list[CheckSample]:
         """Short generations of every ready worker: the prompts are dealt out among them, again from the first where
-        there are more workers. One that dies meanwhile is replaced and gives none."""
+        there are more workers. One that dies meanwhile is replaced and gives none; where all do, the next are asked."""
         ready = self._ready()
         running: dict[Any, tuple[int, Worker]] = {}
         for number in range(max(len(prompts), len(ready))):
             worker, prompt = ready[number % len(ready)], prompts[number % len(prompts)]
             running[worker.actor.sample_for_check.remote(number, prompt, tokens, temperature)] = number, worker
         made = self._answers(running)
+        if not made:
+            return self.sample_for_check(prompts, tokens, temperature)
         return [
             CheckSample(ready[number % len(ready)].name, prompts[number % len(prompts)], *made[number])
             for number in sorted(made)

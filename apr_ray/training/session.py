@@ -131,7 +131,7 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"no Ray cluster at ray.address {address}: {error}", "Start one, or give its address"
+            f"no Ray cluster at ray.address {address}: {error}", "Start one, or leave ray.address out"
         ) from error
 
 
