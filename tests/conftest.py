@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, task: CountdownTask, ta
     from apr_ray.model.llama import new_policy, save_policy
 
     torch.set_num_threads(1)
-    policy = new_policy(MODEL.model_copy(update={"initializer_range": 0.25}), task.tokenizer(), seed=7)
+    policy = new_policy(MODEL.model_copy(update={"initializer_range": 0.15}), task.tokenizer(), seed=7)
     folder = tmp_path_factory.mktemp("checkpoint") / "policy"
     save_policy(policy, task.tokenizer(), task_config, folder)
     return folder

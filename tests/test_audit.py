@@ -194,7 +194,7 @@ def moved(
     policy: Any = load_policy(checkpoint)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.mul_(0.99)
+            parameter.mul_(0.98)
     folder = tmp_path_factory.mktemp("moved") / "policy"
     save_policy(policy, task.tokenizer(), task_config, folder)
     return folder
@@ -224,7 +224,7 @@ DECOUPLED = {"ratio": "proximal", "correction": "truncate", "correction_cap": 1.
         DECOUPLED | {"correction_level": "call"},
         DECOUPLED | {"correction_level": "tree", "loss_mean": "tree"},
         DECOUPLED | {"correction_level": "token", "correction": "mask"},
-        DECOUPLED | {"correction_level": "call", "correction": "mask", "loss_mean": "token"},
+        DECOUPLED | {"correction_level": "call", "correction": "mask", "correction_cap": 1.05, "loss_mean": "token"},
         DECOUPLED | {"correction_level": "tree", "correction": "mask", "correction_cap": 1.5},
         DECOUPLED | {"correction_from": 9.0},
     ],

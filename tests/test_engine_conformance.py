@@ -1,4 +1,4 @@
-"""One suite for every engine: what `core.engine.Engine` promises, checked against transformers in float32.
+"""One suite for every engine: what `core.engine.Engine` promises, checked against transformers in float64.
 
 Each test is a row of the table that the run ends with, each engine a column. What an engine says it lacks is "n/a"
 there; it is not skipped, and it is not faked. Another engine is another entry of `ENGINES`; `--engines` says which are
@@ -9,6 +9,7 @@ round float32 to TF32 (`TRITON_F32_DEFAULT=ieee`).
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ ON_CUDA: dict[str, dict[str, Any]] = {
     }
 }
 TOLERANCE = 1e-4
-"""Largest |Δ logprob| to transformers; both compute in float32, in another order."""
+"""Largest |Δ logprob| of an engine in float32 to transformers in float64; transformers in float32 has up to 2e-5."""
 WAIT_S = 300.0
 
 
@@ -149,9 +150,9 @@ def logprobs_of(chunks: Sequence[Chunk]) -> list[float]:
 
 
 def reference(policy: Any, prompt: Sequence[int], sampled: Sequence[int], temperature: float) -> np.ndarray[Any, Any]:
-    """Logprobs of `sampled` from one plain forward pass, in float32."""
+    """Logprobs of `sampled` from one plain forward pass, in float64: float32's own error is the engine's alone."""
     with torch.no_grad():
-        logits = policy(torch.tensor([[*prompt, *sampled]])).logits[0] / (temperature or 1.0)
+        logits = copy.deepcopy(policy).double()(torch.tensor([[*prompt, *sampled]])).logits[0] / (temperature or 1.0)
     logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
     return logprobs.gather(1, torch.tensor(list(sampled))[:, None])[:, 0].numpy()
 
@@ -189,7 +190,7 @@ def checkpoints(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, task
     """Folders of a policy with tied embeddings, and of one with untied embeddings and grouped heads."""
     model = ModelConfig(
         hidden_size=128, layers=2, heads=4, kv_heads=2, ffn_size=40, context_tokens=64, tied_embeddings=False,
-        initializer_range=0.25,
+        initializer_range=0.1,
     )  # fmt: skip
     untied = tmp_path_factory.mktemp("untied") / "policy"
     save_policy(new_policy(model, task.tokenizer(), 1), task.tokenizer(), task_config, untied)
