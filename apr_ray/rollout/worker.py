@@ -18,9 +18,7 @@ from apr_ray.core.errors import ConfigError, SyncFailed
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightSource, WeightUpdate
 from apr_ray.engines.registry import build_engine
-from apr_ray.model.llama import require_vocabulary
-from apr_ray.model.shared_buffer import memory_source
-from apr_ray.parts import own_log
+from apr_ray.parts import lasting_imports, own_log
 from apr_ray.rollout.spread import SpreadEngine
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import TreeRequest, run_tree
@@ -96,7 +94,10 @@ class RolloutWorker:
     def __init__(self, config: Config, checkpoint: str, worker_id: str, place: int = 0) -> None:
         if not config.rollout.gpus_per_worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that reserved none
-        import torch
+        with lasting_imports():
+            import torch
+
+            from apr_ray.model.llama import require_vocabulary
 
         self.worker_id = worker_id  # first: Ray prints it with whatever fails below
         self.node_id = str(ray.get_runtime_context().get_node_id())
@@ -162,6 +163,8 @@ class RolloutWorker:
 
         Returns where other workers of this node can take it from, where it lies in memory that they can map.
         """
+        from apr_ray.model.shared_buffer import memory_source
+
         self.received = await asyncio.to_thread(source.fetch)
         return memory_source(self.received)
 

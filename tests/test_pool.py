@@ -1,0 +1,190 @@
+"""The pool's bookkeeping under every order of events: a stand-in for Ray ends calls and kills workers in any order.
+
+What real actors do, `test_deaths.py`, `test_weights.py` and `test_spread.py` show.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apr_ray.core.errors import PartDied
+from apr_ray.rollout import pool as pool_module
+from apr_ray.rollout.pool import RolloutPool, Worker
+
+Choose = Callable[[int], int]
+"""A number below the given one."""
+
+
+@dataclass(eq=False)
+class Call:
+    """An object reference."""
+
+    actor: Actor
+    method: str
+    arguments: tuple[Any, ...]
+    state: str = "running"
+    answer: Any = None
+
+
+@dataclass(eq=False)
+class Actor:
+    """A rollout worker as the pool sees it: it takes weights when it joins and draws trees under those it has."""
+
+    world: World
+    name: str
+    version: int = 0
+    alive: bool = True
+
+    def __getattr__(self, method: str) -> Any:
+        return Handle(self, method)
+
+    def join_(self, version: int | None) -> str:
+        self.version = self.version if version is None else version
+        return "log"
+
+    def run_tree_(self, request: int) -> tuple[int, int]:
+        return request, self.version
+
+    def sample_for_check_(self, number: int, prompt: tuple[int, ...], tokens: int, temperature: float) -> Any:
+        return (number,), (float(self.version),)
+
+
+@dataclass
+class Handle:
+    actor: Actor
+    method: str
+
+    def remote(self, *arguments: Any) -> Call:
+        call = Call(self.actor, self.method, arguments)
+        if self.actor.alive:
+            self.actor.world.running.append(call)
+            busy = Counter(c.actor for c in self.actor.world.running if c.method == "run_tree")
+            self.actor.world.most_at_once = max(self.actor.world.most_at_once, *busy.values(), 0)
+        else:
+            call.state = "dead"
+        return call
+
+
+@dataclass
+class World:
+    """Stands in for the module `ray`. Time passes only where somebody waits."""
+
+    choose: Choose
+    deaths_left: int = 0
+    running: list[Call] = field(default_factory=list)
+    most_at_once: int = 0
+    exceptions: Any = ray.exceptions
+
+    def hire(self, name: str, place: int) -> Actor:
+        return Actor(self, name)
+
+    def kill(self, actor: Actor) -> None:
+        actor.alive = False
+        for call in [c for c in self.running if c.actor is actor]:
+            self.running.remove(call)
+            call.state = "dead"
+
+    def pass_time(self) -> None:
+        """One thing happens: some call ends, or the worker that it is made on dies."""
+        call = self.running[self.choose(len(self.running))]
+        if self.deaths_left and not self.choose(4):
+            self.deaths_left -= 1
+            self.kill(call.actor)
+            return
+        self.running.remove(call)
+        call.answer, call.state = getattr(call.actor, call.method + "_")(*call.arguments), "ended"
+
+    def wait(self, calls: Sequence[Call], num_returns: int = 1, timeout: float | None = None) -> Any:
+        assert len(set(calls)) == len(calls), "Ray refuses to wait twice for the same"
+        while timeout != 0 and all(c.state == "running" for c in calls):
+            self.pass_time()
+        ended = [c for c in calls if c.state != "running"][:num_returns]
+        return ended, [c for c in calls if c not in ended]
+
+    def get(self, call: Call) -> Any:
+        if call.state == "dead":
+            raise ray.exceptions.RayActorError
+        assert call.state == "ended", "it would block"
+        return call.answer
+
+
+@contextmanager
+def a_pool(choose: Choose, workers: int, deaths: int, restarts: int) -> Iterator[tuple[World, RolloutPool]]:
+    """Of workers that have been hired and asked to join; `deaths` of them, or of their successors, will die."""
+    world = World(choose, deaths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "ray", world)
+        pool = RolloutPool([], 2, world.hire, restarts)
+        for place in range(workers):
+            pool.members.append(pool._invited(Worker(f"worker-{place:02d}", world.hire("", place))))
+        yield world, pool
+
+
+def chosen_by(data: st.DataObject) -> Choose:
+    return lambda below: data.draw(st.integers(0, below - 1)) if below > 1 else 0
+
+
+@given(st.data(), st.integers(1, 4), st.integers(0, 12), st.integers(0, 4))
+@settings(deadline=None, max_examples=150)
+def test_every_tree_comes_back_once_whoever_dies(data: st.DataObject, workers: int, trees: int, deaths: int) -> None:
+    with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (world, pool):
+        ended = list(pool.run(list(range(trees))))  # type: ignore[arg-type]
+    assert sorted(ended) == [(i, (i, 0)) for i in range(trees)]
+    assert world.most_at_once <= pool.concurrent_trees
+    assert pool.restarts == deaths - world.deaths_left
+    assert len({w.name for w in pool.members}) == workers
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 3))
+@settings(deadline=None, max_examples=50)
+def test_one_death_too_many_ends_the_run_by_name(data: st.DataObject, workers: int, deaths: int) -> None:
+    died = rf"rollout worker worker-0.*max_restarts is {deaths - 1}"
+    with a_pool(chosen_by(data), workers, deaths, restarts=deaths - 1) as (world, pool):
+        with pytest.raises(PartDied, match=died):
+            [list(pool.run(list(range(8)))) for _ in range(1000)]  # type: ignore[arg-type]
+        assert world.deaths_left == 0
+
+
+@given(st.data(), st.integers(1, 4), st.integers(0, 4))
+@settings(deadline=None, max_examples=150)
+def test_nobody_draws_under_older_weights_than_the_pools(data: st.DataObject, workers: int, deaths: int) -> None:
+    """Syncs between runs; workers die and join at any time, before, in and after one."""
+    choose = chosen_by(data)
+    with a_pool(choose, workers, deaths, restarts=deaths) as (world, pool):
+        for version in range(1, 4):
+            members = pool.membership()
+            for _ in range(choose(3)):  # while weights are under way
+                if world.running:
+                    world.pass_time()
+                pool._admit()  # as a thread that draws beside the sync would
+            for worker in members.workers:
+                worker.actor.version = version
+            pool.now_run(members.workers, functools.partial(int, version))
+            ended = list(pool.run(list(range(5))))  # type: ignore[arg-type]
+            assert sorted(ended) == [(i, (i, version)) for i in range(5)]
+
+
+@given(st.data(), st.integers(1, 3), st.integers(0, 5))
+@settings(deadline=None, max_examples=100)
+def test_a_check_has_samples_however_many_die(data: st.DataObject, workers: int, deaths: int) -> None:
+    prompts = [(1,), (2,)]
+    with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (world, pool):
+        pool._ready(workers)  # deaths before it do not matter
+        before = {w.name for w in pool.members}
+        left = world.deaths_left
+        samples = pool.sample_for_check(prompts, 5, 1.0)
+    assert samples
+    assert {sample.prompt for sample in samples} <= set(prompts)
+    if world.deaths_left == left:
+        assert {sample.worker for sample in samples} == before
+        assert {sample.prompt for sample in samples} == set(prompts)
