@@ -1,0 +1,192 @@
+"""What the GRPO loop keeps and reports, with stand-ins for all that computes: how a run ends, which policy is best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apr_ray.config import Config, parse_config
+from apr_ray.core.engine import FinishReason, VersionSpan
+from apr_ray.core.ledger import Call, Outcome, ThreadTree
+from apr_ray.core.weights import WeightVersion
+from apr_ray.learner.trainer import StepStats
+from apr_ray.rollout.pool import CheckSample
+from apr_ray.tracking.progress import ProgressBars
+from apr_ray.training import grpo as loop
+from apr_ray.training.grpo import Parts, batch_of, step_metrics, train_grpo
+from apr_ray.training.rollouts import Rollouts
+from apr_ray.training.run_dir import LoopState, RunDir
+from apr_ray.training.session import Clock
+from apr_ray.training.turns import Turns
+from apr_ray.training.watch import Watch
+
+PROBLEMS = [type("P", (), {"key": f"p{i}"})() for i in range(40)]
+
+
+def a_tree(problem_key: str, sample: int, version: WeightVersion, reward: float | None = None) -> ThreadTree:
+    call = Call(
+        (), 0, (7,), (1, 2), (-0.1, -0.2), (), (), FinishReason.STOP,
+        (VersionSpan(version, 0, 2),), version, 0, 0, 0.0, 0.5, 1.0, "e",
+    )  # fmt: skip
+    return ThreadTree(problem_key, sample, (call,), (), (), "", Outcome.ANSWERED, reward=reward)
+
+
+class Stub:
+    """Learners, pool, reward and transport in one: the policy is the number of its step."""
+
+    def __init__(self, accuracy: Sequence[float]) -> None:
+        self.accuracy = accuracy
+        self.version = WeightVersion(0, 0)
+        self.restarts = 0
+
+    def run(self, requests: Sequence[Any]) -> Iterator[tuple[int, ThreadTree]]:
+        for i, request in enumerate(requests):
+            yield i, a_tree(request.problem.key, request.sample, self.version)
+
+    def score(self, problems: Sequence[Any], trees: Sequence[ThreadTree]) -> list[ThreadTree]:
+        """Of ten, as many are right as the present policy's accuracy says."""
+        right = round(10 * self.accuracy[self.version.counter])
+        return [replace(tree, reward=float(i % 10 < right), verdict="wrong_value") for i, tree in enumerate(trees)]
+
+    def grpo_step(self, batch: Any, how: Any, rate: float) -> list[StepStats]:
+        return [StepStats(loss=0.1, tokens=4, padded_tokens=4, grad_norm=1.0, learning_rate=rate)]
+
+    def broadcast(self, learners: Any, pool: Any, version: WeightVersion) -> None:
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+    def sample_for_check(self, prompts: Sequence[Any], tokens: int, temperature: float) -> list[CheckSample]:
+        return [CheckSample("worker-00", (7,), (1,), (-0.1,))]
+
+    def logprobs(self, sequences: Sequence[Any], temperature: float) -> list[list[float]]:
+        import numpy as np
+
+        return [np.array([0.0, -0.1]) for _ in sequences]  # type: ignore[misc]
+
+    def save(self, folder: Path) -> None:
+        write_policy(folder / "policy", self.version.counter)
+        (folder / "optimizer").mkdir()
+
+
+class Silent:
+    def log(self, metrics: Any, step: int) -> None:
+        pass
+
+    log_trees = log
+
+
+def write_policy(folder: Path, step: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(str(step))
+    return folder
+
+
+def policy_of(folder: Path) -> int:
+    return int((folder / "config.json").read_text())
+
+
+def a_config(root: Path, **grpo: Any) -> Config:
+    return parse_config(
+        {
+            "run": {"root": str(root), "name": "r"},
+            "grpo": {"problems_per_step": 5, "group_size": 2, "eval_every": 2, "save_every": 100, "keep_batches": "off"}
+            | grpo,
+            "evaluation": {"problems": 10, "during_training_problems": 10, "temperatures": [0.0]},
+        }
+    )
+
+
+def trained(
+    config: Config, accuracy: Sequence[float], monkeypatch: pytest.MonkeyPatch, clock_steps: int | None = None
+) -> tuple[RunDir, Path]:
+    """A run whose policy after step n has `accuracy[n]`; with `clock_steps`, its time is up in that step."""
+    stub: Any = Stub(accuracy)
+
+    @contextmanager
+    def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: ProgressBars) -> Iterator[Parts]:
+        rollouts = Rollouts(stub, PROBLEMS * 10, config)  # type: ignore[arg-type]
+        watch = Watch(config, run, Silent(), PROBLEMS[:10], bars)  # type: ignore[arg-type]
+        yield Parts(stub, stub, stub, stub, Turns(config, stub), rollouts, watch)
+
+    monkeypatch.setattr(loop, "parts_of", parts_of)
+    if clock_steps is not None:
+        monkeypatch.setattr(Clock, "share_of", lambda clock, minutes: stub.version.counter / clock_steps)
+    run = RunDir.create(config, "train")
+    return run, train_grpo(config, run, write_policy(run.path.parent / "start", 0), ProgressBars(quiet=True))
+
+
+@pytest.mark.parametrize(("save_every", "eval_every"), [(100, 100), (2, 100), (3, 3), (1, 2), (100, 3)])
+def test_a_run_that_its_clock_ends_reports_the_policy_that_it_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int, eval_every: int
+) -> None:
+    config = a_config(tmp_path, steps=100, max_minutes=1.0, save_every=save_every, eval_every=eval_every)
+    run, final = trained(config, [0.5] * 9, monkeypatch, clock_steps=3)
+    rows = run.metrics()
+    assert [row["step"] for row in rows if "rollout/reward" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if "eval/greedy/accuracy" in row] == [0, 3]
+    found = run.latest()
+    assert found is not None
+    assert (policy_of(final), found[1].step, WeightVersion.parse(found[1].version).counter) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "best"),
+    [
+        ([0.5, 0.9, 0.3, 0.9, 0.8, 0.9, 0.6], 4),  # odd steps are not evaluated
+        ([0.5, 0.9, 0.3, 0.9, 0.4, 0.9, 0.4], 0),
+        ([0.5, 0.9, 0.3, 0.9, 0.4, 0.9, 0.6], 6),
+        ([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 0),  # the first of equals
+    ],
+)
+def test_the_best_policy_is_never_worse_than_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: list[float], best: int
+) -> None:
+    run, final = trained(a_config(tmp_path, steps=6), accuracy, monkeypatch)
+    assert policy_of(run.path / "best") == best
+    assert policy_of(final) == 6
+    quick = {r["step"]: r["eval/quick/accuracy"] for r in run.metrics() if "eval/quick/accuracy" in r}
+    assert quick == {2: accuracy[2], 4: accuracy[4]}
+
+
+def test_overlapping_rollouts_leave_nothing_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = a_config(tmp_path, steps=5, overlap=True, max_staleness=1, eval_every=2)
+    run, _ = trained(config, [0.5] * 6, monkeypatch)
+    stale = [row["rollout/staleness"] for row in run.metrics() if "rollout/staleness" in row]
+    assert len(stale) == 5
+    assert max(stale) <= 1
+
+
+def test_a_steps_metrics_are_means_over_what_was_trained() -> None:
+    config = a_config(Path("unused"))
+    version = WeightVersion(0, 4)
+    trees = [a_tree("p", i, WeightVersion(0, 3 + i), float(i)) for i in range(2)]
+    trees += [a_tree("q", i, version, 1.0) for i in range(2)]
+    grpo = config.grpo.model_copy(update={"max_staleness": 1})
+    made = batch_of(trees, grpo, version)
+    stats = [
+        StepStats(0.1, 4, 8, 1.0, 1e-3, kl=0.2, entropy=3.0, clipped=1, cut=2),
+        StepStats(0.1, 4, 8, 3.0, 1e-3, kl=0.4, entropy=5.0, clipped=3),
+    ]
+    times = [0.0, 1.0, 1.5, 3.5, 3.75, 4.0]
+    found = step_metrics(trees, made, stats, version, times, rollout_s=2.0, with_kl=True)
+    assert found["rollout/reward"] == 0.75
+    assert found["rollout/zero_variance_groups"] == 0.5
+    assert found["rollout/staleness"] == 0.25
+    assert found["rollout/tokens_per_s"] == 4.0
+    assert found["train/grad_norm"] == 2.0
+    assert found["train/entropy"] == pytest.approx(3.0 / float(made.batch.loss_weights.sum()))  # at the first
+    assert found["train/kl"] == 0.2
+    assert found["train/clip_fraction"] == 0.75  # at the last one
+    assert found["train/mismatch/cut"] == 0.5
+    assert found["train/tokens_per_s"] == 4.0
+    parts = [found[f"time/{name}_s"] for name in ("wait", "reward", "learn", "keep", "sync")]
+    assert parts == [1.0, 0.5, 2.0, 0.25, 0.25]
+    assert sum(parts) == found["time/step_s"]
+    assert "train/kl" not in step_metrics(trees, made, stats, version, times, 2.0, with_kl=False)
