@@ -1,4 +1,4 @@
-"""The pool's bookkeeping under every order of events: a stand-in for Ray ends calls and kills workers in any order.
+"""The pool and its syncs under every order of events: a stand-in for Ray ends calls and kills workers in any order.
 
 What real actors do, `test_deaths.py`, `test_weights.py` and `test_spread.py` show.
 """
@@ -17,9 +17,13 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_ray.core.errors import PartDied
+from apr_ray.config import WeightsConfig
+from apr_ray.core.errors import AprError, PartDied, SyncFailed, WeightsRejected
+from apr_ray.core.weights import WeightVersion
 from apr_ray.rollout import pool as pool_module
-from apr_ray.rollout.pool import RolloutPool, Worker
+from apr_ray.rollout.pool import Membership, RolloutPool, Worker
+from apr_ray.weights import transport as transport_module
+from apr_ray.weights.transport import Sending, Transport, receive
 
 Choose = Callable[[int], int]
 """A number below the given one."""
@@ -44,6 +48,9 @@ class Actor:
     name: str
     version: int = 0
     alive: bool = True
+    staged: int = 0
+    refuses: bool = False
+    hangs: bool = False
 
     def __getattr__(self, method: str) -> Any:
         return Handle(self, method)
@@ -51,6 +58,14 @@ class Actor:
     def join_(self, version: int | None) -> str:
         self.version = self.version if version is None else version
         return "log"
+
+    def receive_weights_(self, version: int) -> None:
+        self.staged = version
+
+    def apply_weights_(self) -> None:
+        if self.refuses:
+            raise WeightsRejected("not finite", "Look at the learners")
+        self.version = self.staged
 
     def run_tree_(self, request: int) -> tuple[int, int]:
         return request, self.version
@@ -94,20 +109,28 @@ class World:
             self.running.remove(call)
             call.state = "dead"
 
-    def pass_time(self) -> None:
-        """One thing happens: some call ends, or the worker that it is made on dies."""
-        call = self.running[self.choose(len(self.running))]
+    def pass_time(self) -> bool:
+        """One thing happens: some call ends, or the worker that it is made on dies. False where nothing ever will."""
+        moving = [call for call in self.running if not call.actor.hangs]
+        if not moving:
+            return False
+        call = moving[self.choose(len(moving))]
         if self.deaths_left and not self.choose(4):
             self.deaths_left -= 1
             self.kill(call.actor)
-            return
+            return True
         self.running.remove(call)
-        call.answer, call.state = getattr(call.actor, call.method + "_")(*call.arguments), "ended"
+        call.state = "ended"
+        try:
+            call.answer = getattr(call.actor, call.method + "_")(*call.arguments)
+        except AprError as error:
+            call.answer = ray.exceptions.RayTaskError(call.method, "", error)
+        return True
 
     def wait(self, calls: Sequence[Call], num_returns: int = 1, timeout: float | None = None) -> Any:
         assert len(set(calls)) == len(calls), "Ray refuses to wait twice for the same"
-        while timeout != 0 and all(c.state == "running" for c in calls):
-            self.pass_time()
+        while timeout != 0 and sum(c.state != "running" for c in calls) < num_returns and self.pass_time():
+            pass
         ended = [c for c in calls if c.state != "running"][:num_returns]
         return ended, [c for c in calls if c not in ended]
 
@@ -115,6 +138,8 @@ class World:
         if call.state == "dead":
             raise ray.exceptions.RayActorError
         assert call.state == "ended", "it would block"
+        if isinstance(call.answer, ray.exceptions.RayTaskError):
+            raise call.answer
         return call.answer
 
 
@@ -124,6 +149,7 @@ def a_pool(choose: Choose, workers: int, deaths: int, restarts: int) -> Iterator
     world = World(choose, deaths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "ray", world)
+        patch.setattr(transport_module, "ray", world)
         pool = RolloutPool([], 2, world.hire, restarts)
         for place in range(workers):
             pool.members.append(pool._invited(Worker(f"worker-{place:02d}", world.hire("", place))))
@@ -188,3 +214,63 @@ def test_a_check_has_samples_however_many_die(data: st.DataObject, workers: int,
     if world.deaths_left == left:
         assert {sample.worker for sample in samples} == before
         assert {sample.prompt for sample in samples} == set(prompts)
+
+
+# --- syncs ------------------------------------------------------------------------------------------------------------
+
+
+class Numbers(Transport):
+    """Weights that are a number."""
+
+    def send(self, learners: Any, members: Membership, version: WeightVersion) -> Sending:
+        return Sending(receive(members.workers, version.counter), lambda: version.counter)
+
+
+class Learners:
+    parameters = 1
+
+
+def broadcast(pool: RolloutPool, version: int) -> None:
+    Numbers(WeightsConfig()).broadcast(Learners(), pool, WeightVersion(0, version))  # type: ignore[arg-type]
+
+
+@given(st.data(), st.integers(1, 4), st.integers(0, 5))
+@settings(deadline=None, max_examples=150)
+def test_after_a_sync_everybody_runs_its_version_whoever_dies(data: st.DataObject, workers: int, deaths: int) -> None:
+    with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (_, pool):
+        for version in range(1, 4):
+            broadcast(pool, version)
+            ended = list(pool.run(list(range(5))))  # type: ignore[arg-type]
+            assert sorted(ended) == [(i, (i, version)) for i in range(5)]
+        assert all(worker.actor.version == 3 for worker in pool._ready(workers))
+
+
+@given(st.data(), st.integers(1, 4), st.integers(0, 2))
+@settings(deadline=None, max_examples=100)
+def test_a_worker_that_refuses_a_version_ends_the_run_whoever_dies_beside_it(
+    data: st.DataObject, workers: int, deaths: int
+) -> None:
+    """Unless it dies itself: who takes its place is asked anew."""
+    choose = chosen_by(data)
+    with a_pool(choose, workers, deaths, restarts=deaths) as (_, pool):
+        refusing = pool._ready(workers)[0].actor
+        refusing.refuses = True
+        said = ""
+        try:
+            broadcast(pool, 1)
+        except (WeightsRejected, SyncFailed) as error:
+            said = str(error)
+        assert "not finite" in said or not refusing.alive
+        if not said:
+            assert {answer[1] for _, answer in pool.run(list(range(5)))} == {1}  # type: ignore[arg-type]
+
+
+@given(st.data(), st.integers(2, 4), st.integers(0, 2))
+@settings(deadline=None, max_examples=100)
+def test_a_worker_that_hangs_is_named_whoever_dies_beside_it(data: st.DataObject, workers: int, deaths: int) -> None:
+    with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (_, pool):
+        hanging = pool._ready(workers)[0]
+        hanging.actor.hangs = True
+        with pytest.raises(SyncFailed, match=f"{hanging.name} did not answer within"):
+            broadcast(pool, 1)
+        assert all(worker.actor.version == 0 for worker in pool.members)
