@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -103,6 +104,7 @@ def ray_local() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.set_threshold(100_000)  # imports of whole libraries make much and no garbage
     # vLLM's folder holds other versions of some packages; for a GPU, SGLang is installed with its own kernels.
     if "vllm" not in config.getoption("--engines").split(",") and config.getoption("--device") == "cpu":
         allow_sglang_on_a_cpu()

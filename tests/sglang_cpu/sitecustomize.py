@@ -9,6 +9,7 @@ the operators it wants to describe. Declaring those two before it is imported is
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ OPERATORS = (
 
 def add_the_folder() -> None:
     sys.path.append(SGLANG)
+    gc.set_threshold(100_000)  # its imports make much and no garbage; looking for it takes a sixth of them
 
 
 def declare_operators() -> None:
