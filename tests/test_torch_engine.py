@@ -21,7 +21,7 @@ from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingPa
 from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.engines.torch_engine import rows as rows_module
-from apr_ray.engines.torch_engine.sampler import RowSampling, sample, uniforms
+from apr_ray.engines.torch_engine.sampler import Sampling, sample, uniforms
 from apr_ray.model.llama import load_policy, load_weights
 from apr_ray.model.state import trainable_parameters
 
@@ -92,7 +92,12 @@ class CheckedEngine(TorchEngine):
         cohorts, lengths = rows.cohorts[:n], rows.lengths[:n]
         assert (np.diff(cohorts) <= 0).all()
         assert [running.row for running in rows.active] == list(range(n))
-        assert (rows.sampling.seed[:n] == [running.request.sampling.seed for running in rows.active]).all()
+        for running in rows.active:
+            params, first = running.request.sampling, len(running.request.prompt_ids)
+            assert rows.ends[running.row] == first + running.max_new
+            assert set(rows.stop_ids[running.row]) - {-1} == set(params.stop_ids)
+            draw = uniforms(np.array([params.seed], dtype=np.uint64), np.array([first], dtype=np.uint64))
+            assert rows.draws[running.row, first] == draw[0]
         for cohort in np.unique(cohorts):
             assert np.ptp(lengths[cohorts == cohort]) < rows.cohort_tokens
         self.cohorts_seen = max(self.cohorts_seen, len(np.unique(cohorts)))
@@ -262,7 +267,7 @@ def test_deterministic_mode_refuses_a_machine_whose_rows_differ(
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]]).repeat(20_000, 1)
     draws = uniforms(np.arange(20_000, dtype=np.uint64), np.full(20_000, 7, dtype=np.uint64))
-    tokens, logprobs = sample(logits, RowSampling.of([SamplingParams(0.5)] * 20_000), draws)
+    tokens, logprobs = sample(logits, Sampling.of([SamplingParams(0.5)] * 20_000), draws)
     expected = torch.softmax(logits[0] / 0.5, -1).numpy()
     np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 20_000, expected, atol=0.012)
     np.testing.assert_allclose(logprobs[:50].exp(), np.tile(expected, (50, 1)), atol=1e-6)
@@ -276,7 +281,7 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens() -> None:
         (SamplingParams(top_p=0.7), {0, 1}),
         (SamplingParams(top_p=0.6), {0}),
     ):
-        tokens, logprobs = sample(logits, RowSampling.of([params] * 4000), draws)
+        tokens, logprobs = sample(logits, Sampling.of([params] * 4000), draws)
         assert set(tokens.tolist()) == kept
         torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1))
 

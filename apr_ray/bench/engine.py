@@ -24,7 +24,8 @@ from apr_ray.bench.timing import REPEATS, Result, in_turn
 from apr_ray.config import Config
 from apr_ray.core.engine import GenerateRequest, SamplingParams
 from apr_ray.core.ledger import Call, Path, ThreadTree
-from apr_ray.engines.torch_engine.decoder import Decoder, rotate
+from apr_ray.engines.torch_engine.decoder import Decoder
+from apr_ray.engines.torch_engine.engine import TorchEngine
 
 
 def run(
@@ -41,27 +42,27 @@ def _against_the_bare_loop(config: Config, n: int, prompt_tokens: int, new_token
     shape, state = fresh_weights(config)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, shape.vocab, (n, prompt_tokens), generator=generator)
-    replies = torch.randint(2, shape.vocab, (n, new_tokens), generator=generator)
-    script = {tuple(p): tuple(r) for p, r in zip(prompts.tolist(), replies.tolist(), strict=True)}
-    engine = new_engine(config, script, max_sequences=n, cache_slots=0)
+    engine = TorchEngine(shape, state, max_sequences=n, cache_slots=0)
     loop = BareLoop(Decoder(shape, n, prompt_tokens + new_tokens))
     loop.decoder.load(state)
     made: dict[str, torch.Tensor] = {}
 
-    async def one(i: int) -> list[float]:
-        asked = GenerateRequest(
-            f"r{i:04d}", tuple(prompts[i].tolist()), SamplingParams(max_new_tokens=new_tokens, seed=i)
-        )
-        return [logprob async for chunk in engine.generate(asked) for logprob in chunk.logprobs]
+    async def one(i: int) -> tuple[list[int], list[float]]:
+        sampling = SamplingParams(max_new_tokens=new_tokens, seed=i)
+        asked = GenerateRequest(f"r{i:04d}", tuple(prompts[i].tolist()), sampling)
+        chunks = [chunk async for chunk in engine.generate(asked)]
+        return [t for c in chunks for t in c.token_ids], [lp for c in chunks for lp in c.logprobs]
 
-    async def all_of_them() -> list[list[float]]:
+    async def all_of_them() -> list[tuple[list[int], list[float]]]:
         return list(await asyncio.gather(*(one(i) for i in range(n))))
 
     def ours() -> None:
-        made["engine"] = torch.tensor(asyncio.run(all_of_them()))
+        tokens, logprobs = zip(*asyncio.run(all_of_them()), strict=True)
+        made["tokens"] = torch.tensor(tokens)  # the same in every turn
+        made["engine"] = torch.tensor(logprobs)
 
     def bare() -> None:
-        made["loop"] = loop(prompts, replies)
+        made["loop"] = loop(prompts, made["tokens"])
 
     times = in_turn({"engine": ours, "loop": bare}, repeats)
     tokens = n * new_tokens
@@ -82,7 +83,7 @@ class BareLoop:
 
     @torch.inference_mode()
     def __call__(self, prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
-        """Draw a token per step, go on with the recorded one: logprobs [n, new] of `replies` after `prompts`."""
+        """Draw a token per step, go on with the given one: logprobs [n, new] of `replies` after `prompts`."""
         logprobs = []
         fed, start = prompts, 0
         for step in range(replies.shape[1]):
@@ -98,7 +99,7 @@ class BareLoop:
         heads, kv_heads, size, eps = shape.heads, shape.kv_heads, shape.head_size, shape.norm_eps
         n, width = tokens.shape
         end = start + width
-        cos, sin = self.decoder.cos[start:end], self.decoder.sin[start:end]
+        cos, sin = self.decoder.cos[start:end, :, : size // 2], self.decoder.sin[start:end, :, size // 2 :]
         x = self.decoder.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.decoder.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, eps), qkv)
@@ -118,6 +119,12 @@ class BareLoop:
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
         return F.linear(F.rms_norm(x[:, -1], (shape.hidden,), self.decoder.final_norm, eps), self.decoder.head)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding; x is [n, t, heads, size], cos and sin [t, 1, size / 2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def _against_generate(recording: Recording, batch: int, repeats: int) -> Result:

@@ -102,8 +102,9 @@ class ReplayEngine(TorchEngine):
         taken = tokens.tolist()
         for row, running in enumerate(self.rows.active):
             reply = self._reply_of[running]
-            if running.sampled < len(reply):
-                taken[row] = reply[running.sampled]
+            sampled = int(self.rows.lengths[row]) - len(running.request.prompt_ids)
+            if sampled < len(reply):
+                taken[row] = reply[sampled]
         return torch.tensor(taken, device=tokens.device)
 
 

@@ -131,32 +131,33 @@ class Decoder:
         self.shape = shape
         self.device = torch.device(device)
         self.dtype = dtype
-        self.kv_size = (shape.layers, slots, shape.kv_heads, context, shape.head_size)
+        self.kv_size = (shape.layers, slots, 2 * shape.kv_heads, context, shape.head_size)
         self.allocate()
         half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
         angles = torch.outer(torch.arange(context, dtype=torch.float32), shape.rope_theta**-half)
-        self.cos = angles.cos().to(self.device)[:, None]
-        self.sin = angles.sin().to(self.device)[:, None]
+        self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(self.device)[:, None]
+        self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(self.device)[:, None]
         self.columns = torch.arange(context, device=self.device)
 
     def allocate(self) -> None:
-        """Make the KV slots, which hold nothing."""
+        """Make the KV slots, which hold nothing: keys and values of a token side by side, to be written at once."""
         if self.device.type == "cpu" and self.dtype == torch.float32:
             # numpy's zeros take memory as it is touched, in huge pages where the system has them
-            self.keys, self.values = (torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32)) for _ in "kv")
+            self.kv = torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32))
         else:
             try:
-                self.keys, self.values = (torch.zeros(self.kv_size, dtype=self.dtype, device=self.device) for _ in "kv")
+                self.kv = torch.zeros(self.kv_size, dtype=self.dtype, device=self.device)
             except torch.OutOfMemoryError as error:
-                gigabytes = 2 * math.prod(self.kv_size) * self.dtype.itemsize / 1e9
+                gigabytes = math.prod(self.kv_size) * self.dtype.itemsize / 1e9
                 raise AprError(
                     f"{self.kv_size[1]} slots of {self.kv_size[3]} tokens take {gigabytes:.1f} GB, which the GPU lacks",
                     "Lower engine.max_sequences, engine.cache_slots or engine.context_tokens",
                 ) from error
+        self.keys, self.values = self.kv.chunk(2, dim=2)
 
     def free(self) -> None:
         """Give the memory of the KV slots back to the system."""
-        self.keys = self.values = torch.empty(0)
+        self.kv = self.keys = self.values = torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -187,8 +188,7 @@ class Decoder:
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of one slot's KV to another."""
-        self.keys[:, target, :, :tokens] = self.keys[:, source, :, :tokens]
-        self.values[:, target, :, :tokens] = self.values[:, source, :, :tokens]
+        self.kv[:, target, :, :tokens] = self.kv[:, source, :, :tokens]
 
     @torch.inference_mode()
     def forward(
@@ -219,11 +219,10 @@ class Decoder:
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
-            qk, v = projected.view(-1, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=1)
-            q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
+            q, new = projected.view(-1, heads + 2 * kv_heads, size).tensor_split((heads,), dim=1)
+            rotate_(projected.view(-1, heads + 2 * kv_heads, size)[:, : heads + kv_heads], cos, sin)
+            self._put(self.kv[layer], slots, positions, new)
             keys, values = self.keys[layer], self.values[layer]
-            self._put(keys, slots, positions, k)
-            self._put(values, slots, positions, v)
             attended = []
             for (span, part), mask in zip(parts, masks, strict=True):
                 rows = slice(span.first, span.first + span.rows)
@@ -235,13 +234,13 @@ class Decoder:
                     enable_gqa=heads != kv_heads,
                 )
                 attended.append(one.transpose(1, 2).reshape(-1, heads * size))
-            x = x + F.linear(torch.cat(attended), out)
+            x = x + F.linear(attended[0] if len(parts) == 1 else torch.cat(attended), out)
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
         return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
 
     def _put(self, kv: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
-        """Write [t, kv_heads, size] to its places. By numpy where it can be: on a CPU torch takes thrice as long."""
+        """Write [t, 2 kv_heads, size] to its places. By numpy where it can be: on a CPU torch takes thrice as long."""
         if self.device.type == "cpu" and self.dtype == torch.float32:
             kv.numpy()[slots.numpy(), :, positions.numpy()] = new.numpy()
         else:
@@ -279,11 +278,10 @@ class Decoder:
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
-            qk, v = projected.view(n, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), dim=1)
-            q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
+            q, new = projected.view(n, heads + 2 * kv_heads, size).tensor_split((heads,), dim=1)
+            rotate_(projected.view(n, heads + 2 * kv_heads, size)[:, : heads + kv_heads], cos, sin)
+            self.kv[layer][rows, :, start] = new
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, start] = k
-            values[rows, :, start] = v
             attended = torch.cat(
                 [
                     F.scaled_dot_product_attention(
@@ -301,7 +299,11 @@ class Decoder:
         return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding; x is [t, heads, size], cos and sin float32 [t, 1, size / 2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotary embedding, in place; x is [t, heads, size], cos and sin float32 [t, 1, size], the sine negative in its
+    first half."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    if x.dtype == cos.dtype:
+        x.mul_(cos).addcmul_(swapped, sin)
+    else:
+        x.copy_(x * cos + swapped * sin)

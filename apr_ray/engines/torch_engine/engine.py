@@ -23,7 +23,7 @@ from apr_ray.core.weights import WeightUpdate, WeightVersion
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, require_plain_llama
 from apr_ray.engines.torch_engine.rows import Rows, Running
-from apr_ray.engines.torch_engine.sampler import sample, uniforms
+from apr_ray.engines.torch_engine.sampler import sample
 from apr_ray.model.llama import load_weights, read_config
 from apr_ray.model.state import check_update
 
@@ -217,28 +217,31 @@ class TorchEngine:
             return
         rows, logits = self._forward_fixed() if self.capabilities.deterministic else self._forward()
         token_ids, logprobs = self._draw(rows, logits)
-        batch = [self.rows.active[row] for row in rows]
-        self.rows.add(rows, token_ids)
+        due = self.rows.add(rows, token_ids, logprobs, self.stream_interval)
         self._counts["steps"] += 1
-        self._counts["sampled_tokens"] += len(batch)
-        for running, token_id, logprob in zip(batch, token_ids, logprobs, strict=True):
-            self._take(running, token_id, logprob)
+        self._counts["sampled_tokens"] += len(rows)
+        for running in [self.rows.active[row] for row in due]:
+            self._hand_out(running)
 
     def _forward(self) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
         """Compute the missing KV of all rows; returns the rows and the logits after each one's last token."""
         rows, n = self.rows, len(self.rows.active)
         lengths, present = rows.lengths[:n], rows.kv_lengths[:n]
         count = lengths - present
-        ends = np.cumsum(count)
-        row_of = np.repeat(np.arange(n), count)
-        positions = np.arange(ends[-1]) - (ends - lengths)[row_of]
+        if count.sum() == n:  # one of each, as nearly always
+            row_of = last = np.arange(n)
+            positions = present.copy()
+        else:
+            ends = np.cumsum(count)
+            row_of, last = np.repeat(np.arange(n), count), ends - 1
+            positions = np.arange(ends[-1]) - (ends - lengths)[row_of]
         device = self.decoder.device
         logits = self.decoder.forward(
             torch.from_numpy(rows.tokens[row_of, positions]).to(device),
             torch.from_numpy(row_of).to(device),
             torch.from_numpy(positions).to(device),
             rows.spans(count),
-            torch.from_numpy(ends - 1).to(device),
+            torch.from_numpy(last).to(device),
         )
         present[:] = lengths
         return np.arange(n), logits
@@ -254,16 +257,14 @@ class TorchEngine:
         rows.kv_lengths[:n] += 1
         return np.flatnonzero(missing == 1), logits
 
-    def _draw(self, rows: np.ndarray[Any, Any], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+    def _draw(self, rows: np.ndarray[Any, Any], logits: torch.Tensor) -> tuple[np.ndarray[Any, Any], ...]:
         """A token and its logprob for some rows, from the logits of the first n. All n are drawn, in one shape."""
-        how = self.rows.sampling.first(len(logits))
-        draws = uniforms(how.seed, self.rows.lengths[: len(logits)].astype(np.uint64))
-        tokens, logprobs = sample(logits, how, draws)
+        n = len(logits)
+        draws = self.rows.draws[np.arange(n), self.rows.lengths[:n]]
+        tokens, logprobs = sample(logits, self.rows.sampling(n), draws)
         tokens = self._drawn(tokens)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-        if len(rows) < len(logits):
-            tokens, chosen = tokens[rows], chosen[rows]
-        return tokens.tolist(), chosen.tolist()
+        return tokens.cpu().numpy()[rows], chosen.cpu().numpy()[rows]
 
     def _drawn(self, tokens: torch.Tensor) -> torch.Tensor:
         """Here a bench puts recorded tokens in the place of those drawn."""
@@ -284,16 +285,15 @@ class TorchEngine:
                     "Choose an engine.max_sequences that is a multiple of 16, or leave engine.deterministic off",
                 )
 
-    def _take(self, running: Running, token_id: int, logprob: float) -> None:
-        """Hand a sampled token to its request, which may end with it."""
-        running.pending_ids.append(token_id)
-        running.pending_logprobs.append(logprob)
-        running.sampled += 1
-        if token_id in running.request.sampling.stop_ids:
+    def _hand_out(self, running: Running) -> None:
+        """Hand its tokens to a request, which may end with the last of them."""
+        rows, row = self.rows, running.row
+        last = rows.lengths[row] - 1
+        if rows.tokens[row, last] in running.request.sampling.stop_ids:
             self._release(running, FinishReason.STOP)
-        elif running.sampled >= running.max_new:
+        elif last + 1 >= rows.ends[row]:
             self._release(running, FinishReason.LENGTH)
-        elif len(running.pending_ids) >= self.stream_interval:
+        else:
             self._flush(running)
 
     def _admit(self) -> None:
@@ -308,15 +308,16 @@ class TorchEngine:
             self._counts["cached_tokens"] += running.cached
 
     def _release(self, running: Running, reason: FinishReason) -> None:
-        self.rows.close(running)
         self._finish(running, reason)
+        self.rows.close(running)
 
     def _flush(self, running: Running, finish: FinishReason | None = None, error: str = "") -> None:
-        if running.pending_ids or finish is not None:
+        token_ids, logprobs = self.rows.hand_out(running.row) if running.row >= 0 else ((), ())
+        if token_ids or finish is not None:
             running.chunks.append(
                 Chunk(
-                    tuple(running.pending_ids),
-                    tuple(running.pending_logprobs),
+                    token_ids,
+                    logprobs,
                     self.version,
                     running.cached,
                     finish,
@@ -324,8 +325,6 @@ class TorchEngine:
                     None if running.kv_version == self.version else running.kv_version,
                 )
             )
-            running.pending_ids.clear()
-            running.pending_logprobs.clear()
             running.ready.set()
 
     def _finish(self, running: Running, reason: FinishReason, error: str = "") -> None:

@@ -5,6 +5,7 @@ Invariants (tested):
 - rows stand in descending order of cohort: rows of one cohort differ in length by less than `cohort_tokens`, now and
   later, because all grow alike. Each cohort attends as far as its own longest row (see `decoder.Span`);
 - a row's KV covers its first `kv_lengths[row]` tokens, under the current weights; what is beyond is prefilled next;
+- tokens [handed_out, lengths) of a running row, and their logprobs, wait for the request's next chunk;
 - rows [max_sequences, slots) keep the KV of ended requests for whoever begins with the same tokens;
 - KV is reused only by requests that began under the weights it was computed with.
 """
@@ -18,14 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from apr_ray.core.engine import Chunk, GenerateRequest
+from apr_ray.core.engine import Chunk, GenerateRequest, SamplingParams
 from apr_ray.core.weights import WeightVersion
 from apr_ray.engines.torch_engine.decoder import Decoder, Span
-from apr_ray.engines.torch_engine.sampler import RowSampling
+from apr_ray.engines.torch_engine.sampler import Sampling, uniforms
 
 COHORT_TOKENS = {"cpu": 64, "cuda": 1024}
 """Narrower cohorts mask less KV that is read in vain; wider ones take fewer attention calls, and
 so fewer launches on a GPU (where the width was not measured)."""
+IDLE = SamplingParams()
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 MIN_REUSED_TOKENS = 4
 """A shorter common prefix is cheaper to compute again than to copy."""
 
@@ -38,10 +41,7 @@ class Running:
     max_new: int
     kv_version: WeightVersion
     row: int = -1
-    sampled: int = 0
     cached: int = 0
-    pending_ids: list[int] = field(default_factory=list)
-    pending_logprobs: list[float] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     chunks: list[Chunk] = field(default_factory=list)
     finished: bool = False
@@ -68,8 +68,14 @@ class Rows:
         self.kv_lengths = np.zeros(slots, dtype=np.int64)  # of which the KV is computed
         self.kv_epochs = np.zeros(slots, dtype=np.int64)  # under which weights, counted by updates
         self.epoch = 0
+        # of running rows alone, and moved with them:
         self.cohorts = np.zeros(max_sequences, dtype=np.int64)
-        self.sampling = RowSampling(max_sequences)
+        self.handed_out = np.zeros(max_sequences, dtype=np.int64)
+        self.ends = np.zeros(max_sequences, dtype=np.int64)  # the length at which a request ends
+        self.stop_ids = np.full((max_sequences, 1), -1, dtype=np.int64)
+        self.draws = np.zeros((max_sequences, context_tokens))  # in [0, 1), one for each token to come
+        self.logprobs = np.zeros((max_sequences, context_tokens), dtype=np.float32)
+        self._sampling: Sampling | None = None
         self.last_used = np.zeros(slots, dtype=np.int64)
         self.clock = 0
 
@@ -80,11 +86,11 @@ class Rows:
         row = self._make_room((len(prompt) - step) // self.cohort_tokens)
         self.active[row] = running
         running.row = row
-        self.sampling.set(row, running.request.sampling)
         running.cached = self._reuse_prefix(row, prompt)
         self.tokens[row, : len(prompt)] = prompt
-        self.lengths[row] = len(prompt)
+        self.lengths[row] = self.handed_out[row] = len(prompt)
         self.kv_lengths[row] = running.cached
+        self._set_sampling(row, running)
 
     def close(self, running: Running) -> None:
         """Take a request's row; its KV goes to a cache slot where it may be of use again."""
@@ -104,10 +110,30 @@ class Rows:
         """All KV is gone."""
         self.kv_lengths[:] = 0
 
-    def add(self, rows: np.ndarray[Any, Any], token_ids: list[int]) -> None:
-        """Append a token to each of these rows."""
-        self.tokens[rows, self.lengths[rows]] = token_ids
-        self.lengths[rows] += 1
+    def sampling(self, rows: int) -> Sampling:
+        """How the first rows draw: those that run as they were asked to, and others after them, if there are."""
+        if self._sampling is None:
+            params = [running.request.sampling for running in self.active]
+            params += [IDLE] * (rows - len(params))
+            self._sampling = Sampling.of(params, self.decoder.device)
+        return self._sampling
+
+    def add(self, rows: Ints, token_ids: Ints, logprobs: np.ndarray[Any, Any], interval: int) -> list[int]:
+        """Append a token to each of these rows; returns those that end with it or have `interval` for a chunk."""
+        at = self.lengths[rows]
+        self.tokens[rows, at] = token_ids
+        self.logprobs[rows, at] = logprobs
+        at += 1
+        self.lengths[rows] = at
+        stops = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
+        due: list[int] = rows[stops | (at >= self.ends[rows]) | (at >= self.handed_out[rows] + interval)].tolist()
+        return due
+
+    def hand_out(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The tokens that wait for a row's next chunk, and their logprobs."""
+        new = slice(self.handed_out[row], self.lengths[row])
+        self.handed_out[row] = self.lengths[row]
+        return tuple(self.tokens[row, new].tolist()), tuple(self.logprobs[row, new].tolist())
 
     def spans(self, count: np.ndarray[Any, Any]) -> list[Span]:
         """Of the running rows, `count` tokens to compute in each: cut where the cohort or the count changes."""
@@ -145,14 +171,30 @@ class Rows:
                 self._move(last, row)
                 row = last
         self.active.pop()
+        self._sampling = None
         self.lengths[row] = self.kv_lengths[row] = 0
+
+    def _set_sampling(self, row: int, running: Running) -> None:
+        """What a request asks of its tokens. All of its draws at once: one by one they take a step as long as its
+        sampling."""
+        params, first = running.request.sampling, int(self.lengths[row])
+        self.ends[row] = end = first + running.max_new
+        missing = len(params.stop_ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=-1)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(params.stop_ids)] = sorted(params.stop_ids)
+        seed = np.array([params.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
+        self.draws[row, first:end] = uniforms(seed, np.arange(first, end, dtype=np.uint64))
+        self._sampling = None
 
     def _move(self, source: int, target: int) -> None:
         self._copy(source, target)
-        self.cohorts[target] = self.cohorts[source]
+        for column in (self.cohorts, self.handed_out, self.ends, self.stop_ids, self.draws, self.logprobs):
+            column[target] = column[source]
         self.active[target] = self.active[source]
         self.active[target].row = target
-        self.sampling.set(target, self.active[target].request.sampling)
+        self._sampling = None
 
     def _reuse_prefix(self, row: int, prompt: np.ndarray[Any, Any]) -> int:
         """Copy the longest computed prefix of the prompt into the row; returns its length.

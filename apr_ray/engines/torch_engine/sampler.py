@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ _U64 = np.uint64
 
 
 def uniforms(seeds: np.ndarray[Any, Any], counters: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Counter-based uniforms in [0, 1): splitmix64 of seed and counter. Both uint64 [n].
+    """Counter-based uniforms in [0, 1): splitmix64 of seed and counter. Both uint64 [n], or one of them [1].
 
     Written by hand because numpy's counter-based generators take one seed per generator object: one object per row and
     step costs more than the model's forward pass.
@@ -33,39 +34,36 @@ def _mix(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return out
 
 
-class RowSampling:
-    """How each row draws, by column, so that a step reads it without going through the requests."""
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How n rows draw. What they all leave alone is None, and costs nothing.
 
-    def __init__(self, rows: int) -> None:
-        self.temperature: np.ndarray[Any, Any] = np.ones(rows, dtype=np.float32)
-        self.top_k: np.ndarray[Any, Any] = np.zeros(rows, dtype=np.int64)
-        self.top_p: np.ndarray[Any, Any] = np.ones(rows, dtype=np.float64)
-        self.seed: np.ndarray[Any, Any] = np.zeros(rows, dtype=np.uint64)
+    Attributes:
+        temperatures: float32 [n, 1], 1 where greedy; None: all are 1.
+        greedy: int64, the rows that are; None: none is.
+        top_k, top_p: of each row [n]; None: neither narrows any.
+    """
+
+    temperatures: torch.Tensor | None
+    greedy: torch.Tensor | None
+    top_k: np.ndarray[Any, Any] | None
+    top_p: np.ndarray[Any, Any] | None
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> RowSampling:
+    def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Sampling:
         """One row for each."""
-        rows = cls(len(params))
-        for row, one in enumerate(params):
-            rows.set(row, one)
-        return rows
-
-    def set(self, row: int, params: SamplingParams) -> None:
-        """From now on a row draws like this."""
-        self.temperature[row] = params.temperature
-        self.top_k[row] = params.top_k
-        self.top_p[row] = params.top_p
-        self.seed[row] = params.seed & 0xFFFFFFFFFFFFFFFF
-
-    def first(self, n: int) -> RowSampling:
-        """A view of the first rows."""
-        view = RowSampling(0)
-        view.temperature, view.top_k = self.temperature[:n], self.top_k[:n]
-        view.top_p, view.seed = self.top_p[:n], self.seed[:n]
-        return view
+        greedy = [row for row, one in enumerate(params) if one.temperature == 0]
+        tempered = any(one.temperature not in (0, 1) for one in params)
+        narrow = any(one.top_k or one.top_p < 1 for one in params)
+        return cls(
+            torch.tensor([[one.temperature or 1.0] for one in params], device=device) if tempered else None,
+            torch.tensor(greedy, device=device) if greedy else None,
+            np.array([one.top_k for one in params]) if narrow else None,
+            np.array([one.top_p for one in params]) if narrow else None,
+        )
 
 
-def sample(logits: torch.Tensor, how: RowSampling, draws: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, how: Sampling, draws: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row, and the logprobs it was drawn from.
 
     Args:
@@ -77,25 +75,24 @@ def sample(logits: torch.Tensor, how: RowSampling, draws: np.ndarray[Any, Any]) 
         Token ids [n], and logprobs [n, vocab] at the row's temperature (1 when greedy): top-k and top-p narrow what may
         be drawn, not what is reported.
     """
-    greedy = how.temperature == 0
-    temperatures = torch.from_numpy(np.where(greedy, np.float32(1), how.temperature)).to(logits.device)
-    logprobs = torch.log_softmax(logits / temperatures[:, None], dim=-1)
+    logprobs = torch.log_softmax(logits if how.temperatures is None else logits / how.temperatures, dim=-1)
     probabilities = logprobs.double().exp_()
-    if how.top_k.any() or (how.top_p < 1).any():
+    if how.top_k is not None:
         probabilities = _narrow(probabilities, how)
-    cumulative = probabilities.cumsum(dim=-1)
+    cumulative = probabilities.cumsum_(dim=-1)
     targets = torch.from_numpy(draws).to(logits.device)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    if greedy.any():
-        rows = torch.from_numpy(np.flatnonzero(greedy)).to(logits.device)
-        tokens[rows] = logits[rows].argmax(dim=-1)
+    if how.greedy is not None:
+        tokens[how.greedy] = logits[how.greedy].argmax(dim=-1)
     return tokens, logprobs
 
 
-def _narrow(probabilities: torch.Tensor, how: RowSampling) -> torch.Tensor:
+def _narrow(probabilities: torch.Tensor, how: Sampling) -> torch.Tensor:
     """Zero the probabilities outside each row's top-k and top-p."""
     ranked, order = probabilities.sort(dim=-1, descending=True)
     vocab, device = probabilities.shape[1], probabilities.device
+    assert how.top_k is not None
+    assert how.top_p is not None
     top_k = torch.from_numpy(np.where(how.top_k, how.top_k, vocab)).to(device)
     top_p = torch.from_numpy(how.top_p).to(device)
     before = ranked.cumsum(dim=-1) - ranked  # probability of the likelier tokens
