@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from apr_ray.config import Config, load_config, to_yaml
 from apr_ray.training.run_dir import RunDir
@@ -66,10 +68,11 @@ def test_the_job_configs_fit_over_every_preset() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A Ray cluster of one node in processes of its own."""
+    """The first node of a Ray cluster, in processes of its own; `session` is its temporary folder."""
 
     address: str
     environment: Mapping[str, str]
+    session: Path
 
 
 def free_ports(count: int) -> list[int]:
@@ -90,25 +93,13 @@ def answers(url: str) -> bool:
     return True
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
-    """A head that shares no port with any other Ray on this machine, and finds no compiler.
+@contextmanager
+def started_head(log: Path, environment: Mapping[str, str], **more: object) -> Iterator[Head]:
+    """A head that shares no port with any other Ray on this machine.
 
     The agent on every node that starts jobs listens on one fixed port by default. Any second Ray on a machine, a
     private one of another test too, gets none there: it runs on without, and says only "No available agent".
     """
-    (tmp_path / "bin").mkdir()
-    # Ray starts its workers with bash; what watches a job sleeps between its looks, and would spin without `sleep`.
-    for needed in (SCRIPTS / "apr-ray", shutil.which("bash"), shutil.which("sleep")):
-        assert needed is not None
-        (tmp_path / "bin" / Path(needed).name).symlink_to(needed)
-    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDA_HOME")}
-    environment |= {
-        "PATH": str(tmp_path / "bin"),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
     session = tempfile.mkdtemp(prefix="apr-")  # sockets lie there, whose paths may not be long
     dashboard, agent, runtime_env, client = free_ports(4)
     options = {
@@ -125,14 +116,21 @@ def head(tmp_path: Path) -> Iterator[Head]:
         "num-cpus": 4,
         "object-store-memory": 100_000_000,
     }
+    environment = {
+        **environment,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    options |= {name.replace("_", "-"): value for name, value in more.items()}
     command = [str(SCRIPTS / "ray"), "start", "--head", "--block", *(f"--{k}={v}" for k, v in options.items())]
-    with (tmp_path / "head.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
         while not all(answers(f"http://127.0.0.1:{port}/api/healthz") for port in (dashboard, agent)):
-            assert process.poll() is None, (tmp_path / "head.log").read_text()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
-        yield Head(f"http://127.0.0.1:{dashboard}", environment)
+        yield Head(f"http://127.0.0.1:{dashboard}", environment, Path(session))
     finally:
         if process.poll() is None:
             started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -143,17 +141,12 @@ def head(tmp_path: Path) -> Iterator[Head]:
         shutil.rmtree(session, ignore_errors=True)
 
 
-@pytest.mark.timeout(900)  # a dozen processes import torch in it, slowly where other work runs beside
-def test_a_submitted_job_runs_the_whole_pipeline_without_a_compiler(
-    head: Head, small_config: Config, tmp_path: Path
-) -> None:
-    """As jobs/README.md says it, on the cluster that it was submitted to; only the sizes are smaller."""
-    (tmp_path / "small.yaml").write_text(to_yaml(small_config))
-    assert not [name for name in COMPILERS if shutil.which(name, path=head.environment["PATH"])]
+def submitted(head: Head, config: Path, root: Path, *overrides: str) -> None:
+    """A whole quickstart as jobs/README.md says it, on that cluster; only the sizes are smaller."""
     job = [
-        *("apr-ray", "quickstart", "-c", str(tmp_path / "small.yaml"), "-c", "jobs/on-cluster.yaml"),
+        *("apr-ray", "quickstart", "-c", str(config), "-c", "jobs/on-cluster.yaml"),
         *("data.train_problems=30", "sft.tokens=4000", "grpo.steps=1", "evaluation.problems=2"),
-        *("rollout.workers=1", "learner.ranks=1", f"run.root={tmp_path}", "run.name=job"),
+        *("rollout.workers=1", "learner.ranks=1", f"run.root={root}", "run.name=job", *overrides),
     ]
     done = subprocess.run(
         [SCRIPTS / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", *job],
@@ -162,13 +155,80 @@ def test_a_submitted_job_runs_the_whole_pipeline_without_a_compiler(
         check=False,
         cwd=ROOT,
         env=head.environment,
+        timeout=600,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "succeeded" in done.stdout
-    run = RunDir.resume(tmp_path / "job")
+    run = RunDir.resume(root / "job")
     assert run.config.ray.address == "auto"
     assert (run.path / "report.html").is_file()
     for phase in ("sft", "grpo"):
         assert (run.path / phase / "final" / "model.safetensors").is_file()
     (step,) = [row for row in RunDir.resume(run.path / "grpo").metrics() if "train/loss" in row]
     assert step["sync/delta_logprob_mean"] < 1e-4
+
+
+@pytest.mark.timeout(900)  # a dozen processes import torch in it, slowly where other work runs beside
+def test_a_submitted_job_runs_the_whole_pipeline_without_a_compiler(small_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(to_yaml(small_config))
+    (tmp_path / "bin").mkdir()
+    # Ray starts its workers with bash; what watches a job sleeps between its looks, and would spin without `sleep`.
+    for needed in (SCRIPTS / "apr-ray", shutil.which("bash"), shutil.which("sleep")):
+        assert needed is not None
+        (tmp_path / "bin" / Path(needed).name).symlink_to(needed)
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDA_HOME")}
+    environment["PATH"] = str(tmp_path / "bin")
+    assert not [name for name in COMPILERS if shutil.which(name, path=environment["PATH"])]
+    with started_head(tmp_path / "head.log", environment) as head:
+        submitted(head, tmp_path / "small.yaml", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_cluster_grows_for_a_job_and_shrinks_after_it(small_config: Config, tmp_path: Path) -> None:
+    """With the node types of cluster.yaml, whose nodes are raylets on this machine: two are added, as a rank and a
+    worker fit on none together, nor on the head; when the job has ended they go."""
+    (tmp_path / "small.yaml").write_text(to_yaml(small_config))
+    config = cluster()
+    types = config["available_node_types"]
+    head_type = types.pop("head")
+    [port] = free_ports(1)
+    scaling = {
+        "cluster_name": config["cluster_name"],
+        "max_workers": config["max_workers"],
+        "idle_timeout_minutes": 0.2,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"127.0.0.1:{port}",
+            "disable_node_updaters": True,
+            "use_node_id_as_ip": True,  # they all have this machine's
+        },
+        "available_node_types": types | {"ray.head.default": head_type | {"node_config": {}}},
+        "head_node_type": "ray.head.default",
+        **{"auth": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False},
+        **{f"{when}_commands": [] for when in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
+    }
+    (tmp_path / "scaling.json").write_text(json.dumps(scaling))
+    path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = FAKE_HEAD_NODE_ID
+    more = {"port": port, "node-ip-address": "127.0.0.1", "autoscaling-config": tmp_path / "scaling.json"}
+    with started_head(tmp_path / "head.log", environment, **more) as head:
+        submitted(head, tmp_path / "small.yaml", tmp_path, "rollout.cpus_per_worker=9", "learner.cpus_per_rank=9")
+        nodes: list[int] = []
+        end = time.monotonic() + 120
+        while (not nodes or nodes[-1] > 1) and time.monotonic() < end:
+            nodes.append(alive_nodes(head))
+            time.sleep(1)
+        log = (head.session / "session_latest" / "logs" / "monitor.log").read_text()
+    assert nodes[-1] == 1, log
+    assert "\n 2 worker\n" in log, log
+
+
+def alive_nodes(head: Head) -> int:
+    listed = subprocess.run(
+        [SCRIPTS / "ray", "list", "nodes", "--address", head.address, "--format", "json", "--filter", "state=ALIVE"],
+        capture_output=True, text=True, check=True, env=head.environment,
+    )  # fmt: skip
+    return len(json.loads(listed.stdout))

@@ -105,8 +105,8 @@ def say_next(*lines: str) -> None:
 
 
 def short(path: Path) -> str:
-    """A path from here, where it lies below."""
+    """A path from here, where it lies below, and where "here" still is."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError):
         return str(path)
