@@ -101,7 +101,12 @@ class CheckedEngine(TorchEngine):
         for cohort in np.unique(cohorts):
             assert np.ptp(lengths[cohorts == cohort]) < rows.cohort_tokens
         self.cohorts_seen = max(self.cohorts_seen, len(np.unique(cohorts)))
-        return super()._forward()
+        count = lengths - rows.kv_lengths[:n]
+        afresh = rows._cut(count)
+        result = super()._forward()
+        if count.sum() == n:
+            assert rows._decoding == afresh
+        return result
 
 
 @settings(max_examples=12)

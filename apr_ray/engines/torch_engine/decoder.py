@@ -216,12 +216,15 @@ class Decoder:
         cuts = itertools.accumulate((span.rows * span.width for span in spans), initial=0)
         parts = [(span, slice(a, b)) for span, (a, b) in zip(spans, itertools.pairwise(cuts), strict=True)]
         masks = [self._mask(span, positions[part]) for span, part in parts]
+        by_numpy = self.device.type == "cpu" and self.dtype == torch.float32  # torch takes thrice as long to write KV
+        kv: Any = self.kv.numpy() if by_numpy else self.kv
+        place: Any = (slots.numpy(), slice(None), positions.numpy()) if by_numpy else (slots, slice(None), positions)
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
             q, new = projected.view(-1, heads + 2 * kv_heads, size).tensor_split((heads,), dim=1)
             rotate_(projected.view(-1, heads + 2 * kv_heads, size)[:, : heads + kv_heads], cos, sin)
-            self._put(self.kv[layer], slots, positions, new)
+            kv[layer][place] = new.numpy() if by_numpy else new
             keys, values = self.keys[layer], self.values[layer]
             attended = []
             for (span, part), mask in zip(parts, masks, strict=True):
@@ -238,13 +241,6 @@ class Decoder:
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
         return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
-
-    def _put(self, kv: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
-        """Write [t, 2 kv_heads, size] to its places. By numpy where it can be: on a CPU torch takes thrice as long."""
-        if self.device.type == "cpu" and self.dtype == torch.float32:
-            kv.numpy()[slots.numpy(), :, positions.numpy()] = new.numpy()
-        else:
-            kv[slots, :, positions] = new
 
     def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor | None:
         """[rows, 1, width, end]: 0 where a token may look, minus infinity where not; None for no limit."""

@@ -75,7 +75,9 @@ class Rows:
         self.stop_ids = np.full((max_sequences, 1), -1, dtype=np.int64)
         self.draws = np.zeros((max_sequences, context_tokens))  # in [0, 1), one for each token to come
         self.logprobs = np.zeros((max_sequences, context_tokens), dtype=np.float32)
+        # of the running rows as they stand; None when they changed:
         self._sampling: Sampling | None = None
+        self._decoding: list[Span] | None = None  # of the last step, if each row computed one token in it
         self.last_used = np.zeros(slots, dtype=np.int64)
         self.clock = 0
 
@@ -91,6 +93,7 @@ class Rows:
         self.lengths[row] = self.handed_out[row] = len(prompt)
         self.kv_lengths[row] = running.cached
         self._set_sampling(row, running)
+        self._changed()
 
     def close(self, running: Running) -> None:
         """Take a request's row; its KV goes to a cache slot where it may be of use again."""
@@ -136,7 +139,21 @@ class Rows:
         return tuple(self.tokens[row, new].tolist()), tuple(self.logprobs[row, new].tolist())
 
     def spans(self, count: np.ndarray[Any, Any]) -> list[Span]:
-        """Of the running rows, `count` tokens to compute in each: cut where the cohort or the count changes."""
+        """Of the running rows, `count` tokens to compute in each: cut where the cohort or the count changes.
+
+        Between two steps that compute one token of each row, and no change of rows, only the ends move.
+        """
+        n = len(count)
+        if count.sum() > n:
+            self._decoding = None
+            return self._cut(count)
+        if self._decoding is None:
+            self._decoding = self._cut(count)
+        else:
+            self._decoding = [Span(s.first, s.rows, 1, s.end + 1, s.even) for s in self._decoding]
+        return self._decoding
+
+    def _cut(self, count: np.ndarray[Any, Any]) -> list[Span]:
         n = len(count)
         cuts = np.flatnonzero((self.cohorts[1:n] != self.cohorts[: n - 1]) | (count[1:] != count[:-1])) + 1
         edges = [0, *cuts.tolist(), n]
@@ -171,7 +188,7 @@ class Rows:
                 self._move(last, row)
                 row = last
         self.active.pop()
-        self._sampling = None
+        self._changed()
         self.lengths[row] = self.kv_lengths[row] = 0
 
     def _set_sampling(self, row: int, running: Running) -> None:
@@ -186,7 +203,6 @@ class Rows:
         self.stop_ids[row, : len(params.stop_ids)] = sorted(params.stop_ids)
         seed = np.array([params.seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
         self.draws[row, first:end] = uniforms(seed, np.arange(first, end, dtype=np.uint64))
-        self._sampling = None
 
     def _move(self, source: int, target: int) -> None:
         self._copy(source, target)
@@ -194,7 +210,10 @@ class Rows:
             column[target] = column[source]
         self.active[target] = self.active[source]
         self.active[target].row = target
-        self._sampling = None
+        self._changed()
+
+    def _changed(self) -> None:
+        self._sampling = self._decoding = None
 
     def _reuse_prefix(self, row: int, prompt: np.ndarray[Any, Any]) -> int:
         """Copy the longest computed prefix of the prompt into the row; returns its length.
