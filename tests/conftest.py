@@ -22,8 +22,9 @@ from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # how long a test takes says what else the machine does
-hypothesis.settings.load_profile("untimed")
+# How long a test takes says what else the machine does. A commit passes every time or never; the slow tier looks on.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("further", deadline=None)
 
 SGLANG_CPU = Path(__file__).parent / "sglang_cpu"
 TASK = {
@@ -105,6 +106,7 @@ def ray_local() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(100_000)  # imports of whole libraries make much and no garbage
+    hypothesis.settings.load_profile("further" if config.option.markexpr == "slow" else "same")
     # vLLM's folder holds other versions of some packages; for a GPU, SGLang is installed with its own kernels.
     if "vllm" not in config.getoption("--engines").split(",") and config.getoption("--device") == "cpu":
         allow_sglang_on_a_cpu()
