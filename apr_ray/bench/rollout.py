@@ -31,6 +31,9 @@ from apr_ray.rollout.pool import RolloutPool, calls_at_once
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
 
+LATENCY_TURNS = 3
+"""At most: a turn takes a minute, and is a mean over many trees already."""
+
 
 def run(
     trees: int | None = None,
@@ -68,7 +71,7 @@ def run(
 
         times = in_turn({"pool": ours, "alone": alone}, repeats)
         pool.stop()
-        latency = lane_latency_s(recording, f"{folder}/policy", alone_trees, repeats)
+        latency = lane_latency_s(recording, f"{folder}/policy", alone_trees, min(repeats, LATENCY_TURNS))
     waits = join_waits_s(made["trees"])
     return {
         "ratio": times["alone"] / times["pool"],
