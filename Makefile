@@ -52,7 +52,7 @@ test-vllm: vllm
 	PYTHONPATH=$(CURDIR)/$(VLLM) $(BIN)/pytest --engines vllm $(ENGINE_TESTS)
 
 test-slow: sglang
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow or property" --hypothesis-profile further
 
 lint: venv
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
 
-# How long a test takes says what else the machine does. A commit passes every time or never; the slow tier looks on.
+# How long a test takes says what else the machine does. A commit passes every time or never; `make test-slow` looks at
+# further examples of every property.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("further", deadline=None)
 
@@ -106,7 +107,8 @@ def ray_local() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(100_000)  # imports of whole libraries make much and no garbage
-    hypothesis.settings.load_profile("further" if config.option.markexpr == "slow" else "same")
+    if not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("same")
     # vLLM's folder holds other versions of some packages; for a GPU, SGLang is installed with its own kernels.
     if "vllm" not in config.getoption("--engines").split(",") and config.getoption("--device") == "cpu":
         allow_sglang_on_a_cpu()
@@ -173,8 +175,12 @@ LONGEST = ("pipeline", "engine_conformance", "deaths", "weights", "placement", "
 """Files that take minutes begin first: two processes share the files, and neither should end long after the other."""
 
 
+@pytest.hookimpl(tryfirst=True)  # marks before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test of which `--engines` leaves no case is not skipped: it is not asked for."""
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("property")
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     empty = [

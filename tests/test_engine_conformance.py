@@ -149,10 +149,14 @@ def logprobs_of(chunks: Sequence[Chunk]) -> list[float]:
     return [lp for c in chunks for lp in c.logprobs]
 
 
+def in_float64(policy: Any) -> Any:
+    return copy.deepcopy(policy).double()
+
+
 def reference(policy: Any, prompt: Sequence[int], sampled: Sequence[int], temperature: float) -> np.ndarray[Any, Any]:
     """Logprobs of `sampled` from one plain forward pass, in float64: float32's own error is the engine's alone."""
     with torch.no_grad():
-        logits = copy.deepcopy(policy).double()(torch.tensor([[*prompt, *sampled]])).logits[0] / (temperature or 1.0)
+        logits = in_float64(policy)(torch.tensor([[*prompt, *sampled]])).logits[0] / (temperature or 1.0)
     logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
     return logprobs.gather(1, torch.tensor(list(sampled))[:, None])[:, 0].numpy()
 
@@ -568,13 +572,13 @@ def test_an_update_that_keeps_the_kv_says_which_weights_it_is_of(
 def mixed_kv(policy: Any, ids: Sequence[int]) -> Any:
     """The policy's KV of some tokens."""
     with torch.no_grad():
-        return policy(torch.tensor([list(ids)]), use_cache=True).past_key_values
+        return in_float64(policy)(torch.tensor([list(ids)]), use_cache=True).past_key_values
 
 
 def reference_from(policy: Any, kv: Any, ids: Sequence[int]) -> np.ndarray[Any, Any]:
     """Logprobs of all but the first of `ids`, which follow what the KV holds."""
     with torch.no_grad():
-        logits = policy(torch.tensor([list(ids)]), past_key_values=kv, use_cache=True).logits[0]
+        logits = in_float64(policy)(torch.tensor([list(ids)]), past_key_values=kv, use_cache=True).logits[0]
     logprobs = torch.log_softmax(logits, -1)[:-1]
     return logprobs.gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0].numpy()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,6 +115,7 @@ def trained(
         rollouts = Rollouts(stub, PROBLEMS * 10, config)  # type: ignore[arg-type]
         watch = Watch(config, run, Silent(), PROBLEMS[:10], bars)  # type: ignore[arg-type]
         yield Parts(stub, stub, stub, stub, Turns(config, stub), rollouts, watch)
+        rollouts.stop()
 
     monkeypatch.setattr(loop, "parts_of", parts_of)
     if clock_steps is not None:
@@ -155,12 +157,23 @@ def test_the_best_policy_is_never_worse_than_the_first(
     assert quick == {2: accuracy[2], 4: accuracy[4]}
 
 
-def test_overlapping_rollouts_leave_nothing_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = a_config(tmp_path, steps=5, overlap=True, max_staleness=1, eval_every=2)
-    run, _ = trained(config, [0.5] * 6, monkeypatch)
-    stale = [row["rollout/staleness"] for row in run.metrics() if "rollout/staleness" in row]
-    assert len(stale) == 5
-    assert max(stale) <= 1
+def test_trees_that_were_begun_when_the_clock_ends_a_run_end_before_its_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    run = Stub.run
+
+    def slowly(stub: Stub, requests: Sequence[Any]) -> Iterator[tuple[int, ThreadTree]]:
+        evaluation = requests[0].temperature == 0
+        if not evaluation:
+            time.sleep(0.05)
+        yield from run(stub, requests)
+        events.append("evaluation" if evaluation else "step")
+
+    monkeypatch.setattr(Stub, "run", slowly)
+    config = a_config(tmp_path, steps=100, overlap=True, max_staleness=1, eval_every=100, max_minutes=1.0)
+    trained(config, [0.5] * 9, monkeypatch, clock_steps=3)
+    assert events == ["evaluation", *["step"] * 4, "evaluation"]
 
 
 def test_a_steps_metrics_are_means_over_what_was_trained() -> None:

@@ -23,7 +23,6 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from apr_ray.config import Config, load_config, to_yaml
 from apr_ray.training.run_dir import RunDir
@@ -188,6 +187,8 @@ def test_a_submitted_job_runs_the_whole_pipeline_without_a_compiler(small_config
 def test_the_cluster_grows_for_a_job_and_shrinks_after_it(small_config: Config, tmp_path: Path) -> None:
     """With the node types of cluster.yaml, whose nodes are raylets on this machine: two are added, as a rank and a
     worker fit on none together, nor on the head; when the job has ended they go."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
     (tmp_path / "small.yaml").write_text(to_yaml(small_config))
     config = cluster()
     types = config["available_node_types"]

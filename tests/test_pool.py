@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import ray
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from apr_ray.config import WeightsConfig
@@ -56,6 +56,8 @@ class Actor:
         return Handle(self, method)
 
     def join_(self, version: int | None) -> str:
+        if version is not None and version < self.world.newest and self.world.choose(2):
+            raise SyncFailed("its memory has been written over", "")
         self.version = self.version if version is None else version
         return "log"
 
@@ -96,12 +98,15 @@ class World:
 
     choose: Choose
     deaths_left: int = 0
+    newest: int = 0
+    actors: list[Actor] = field(default_factory=list)
     running: list[Call] = field(default_factory=list)
     most_at_once: int = 0
     exceptions: Any = ray.exceptions
 
     def hire(self, name: str, place: int) -> Actor:
-        return Actor(self, name)
+        self.actors.append(Actor(self, name))
+        return self.actors[-1]
 
     def kill(self, actor: Actor) -> None:
         actor.alive = False
@@ -110,15 +115,16 @@ class World:
             call.state = "dead"
 
     def pass_time(self) -> bool:
-        """One thing happens: some call ends, or the worker that it is made on dies. False where nothing ever will."""
+        """One thing happens: some call ends, or some worker dies, idle or not. False where nothing ever will."""
+        living = [actor for actor in self.actors if actor.alive and not actor.hangs]
+        if self.deaths_left and living and not self.choose(4):
+            self.deaths_left -= 1
+            self.kill(living[self.choose(len(living))])
+            return True
         moving = [call for call in self.running if not call.actor.hangs]
         if not moving:
             return False
         call = moving[self.choose(len(moving))]
-        if self.deaths_left and not self.choose(4):
-            self.deaths_left -= 1
-            self.kill(call.actor)
-            return True
         self.running.remove(call)
         call.state = "ended"
         try:
@@ -139,7 +145,7 @@ class World:
             raise ray.exceptions.RayActorError
         assert call.state == "ended", "it would block"
         if isinstance(call.answer, ray.exceptions.RayTaskError):
-            raise call.answer
+            raise call.answer.as_instanceof_cause()
         return call.answer
 
 
@@ -161,18 +167,18 @@ def chosen_by(data: st.DataObject) -> Choose:
 
 
 @given(st.data(), st.integers(1, 4), st.integers(0, 12), st.integers(0, 4))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_every_tree_comes_back_once_whoever_dies(data: st.DataObject, workers: int, trees: int, deaths: int) -> None:
     with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (world, pool):
         ended = list(pool.run(list(range(trees))))  # type: ignore[arg-type]
     assert sorted(ended) == [(i, (i, 0)) for i in range(trees)]
     assert world.most_at_once <= pool.concurrent_trees
-    assert pool.restarts == deaths - world.deaths_left
+    assert pool.restarts <= deaths - world.deaths_left  # of a death while idle, nobody may have heard yet
     assert len({w.name for w in pool.members}) == workers
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_one_death_too_many_ends_the_run_by_name(data: st.DataObject, workers: int, deaths: int) -> None:
     died = rf"rollout worker worker-0.*max_restarts is {deaths - 1}"
     with a_pool(chosen_by(data), workers, deaths, restarts=deaths - 1) as (world, pool):
@@ -182,7 +188,7 @@ def test_one_death_too_many_ends_the_run_by_name(data: st.DataObject, workers: i
 
 
 @given(st.data(), st.integers(1, 4), st.integers(0, 4))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_nobody_draws_under_older_weights_than_the_pools(data: st.DataObject, workers: int, deaths: int) -> None:
     """Syncs between runs; workers die and join at any time, before, in and after one."""
     choose = chosen_by(data)
@@ -196,18 +202,19 @@ def test_nobody_draws_under_older_weights_than_the_pools(data: st.DataObject, wo
             for worker in members.workers:
                 worker.actor.version = version
             pool.now_run(members.workers, functools.partial(int, version))
+            world.newest = version
             ended = list(pool.run(list(range(5))))  # type: ignore[arg-type]
             assert sorted(ended) == [(i, (i, version)) for i in range(5)]
 
 
 @given(st.data(), st.integers(1, 3), st.integers(0, 5))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_check_has_samples_however_many_die(data: st.DataObject, workers: int, deaths: int) -> None:
     prompts = [(1,), (2,)]
     with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (world, pool):
         pool._ready(workers)  # deaths before it do not matter
         before = {w.name for w in pool.members}
-        left = world.deaths_left
+        left = world.deaths_left if all(w.actor.alive for w in pool.members) else -1
         samples = pool.sample_for_check(prompts, 5, 1.0)
     assert samples
     assert {sample.prompt for sample in samples} <= set(prompts)
@@ -235,18 +242,19 @@ def broadcast(pool: RolloutPool, version: int) -> None:
 
 
 @given(st.data(), st.integers(1, 4), st.integers(0, 5))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_after_a_sync_everybody_runs_its_version_whoever_dies(data: st.DataObject, workers: int, deaths: int) -> None:
-    with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (_, pool):
+    with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (world, pool):
         for version in range(1, 4):
             broadcast(pool, version)
+            world.newest = version
             ended = list(pool.run(list(range(5))))  # type: ignore[arg-type]
             assert sorted(ended) == [(i, (i, version)) for i in range(5)]
-        assert all(worker.actor.version == 3 for worker in pool._ready(workers))
+        assert {worker.actor.version for worker in pool._ready(workers) if worker.actor.alive} <= {3}
 
 
 @given(st.data(), st.integers(1, 4), st.integers(0, 2))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_worker_that_refuses_a_version_ends_the_run_whoever_dies_beside_it(
     data: st.DataObject, workers: int, deaths: int
 ) -> None:
@@ -266,10 +274,11 @@ def test_a_worker_that_refuses_a_version_ends_the_run_whoever_dies_beside_it(
 
 
 @given(st.data(), st.integers(2, 4), st.integers(0, 2))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_worker_that_hangs_is_named_whoever_dies_beside_it(data: st.DataObject, workers: int, deaths: int) -> None:
     with a_pool(chosen_by(data), workers, deaths, restarts=deaths) as (_, pool):
         hanging = pool._ready(workers)[0]
+        assume(hanging.actor.alive)
         hanging.actor.hangs = True
         with pytest.raises(SyncFailed, match=f"{hanging.name} did not answer within"):
             broadcast(pool, 1)

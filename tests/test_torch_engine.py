@@ -96,8 +96,9 @@ class CheckedEngine(TorchEngine):
             params, first = running.request.sampling, len(running.request.prompt_ids)
             assert rows.ends[running.row] == first + running.max_new
             assert set(rows.stop_ids[running.row]) - {-1} == set(params.stop_ids)
-            draw = uniforms(np.array([params.seed], dtype=np.uint64), np.array([first], dtype=np.uint64))
-            assert rows.draws[running.row, first] == draw[0]
+            places = np.arange(first, first + running.max_new, dtype=np.uint64)
+            draws = uniforms(np.array([params.seed], dtype=np.uint64), places)
+            assert (rows.draws[running.row, first : rows.ends[running.row]] == draws).all()
         for cohort in np.unique(cohorts):
             assert np.ptp(lengths[cohorts == cohort]) < rows.cohort_tokens
         self.cohorts_seen = max(self.cohorts_seen, len(np.unique(cohorts)))
@@ -114,7 +115,7 @@ class CheckedEngine(TorchEngine):
 def test_tokens_and_logprobs_equal_transformers_over_batch_mixes(
     checkpoint: Path, policy: Any, data: st.DataObject
 ) -> None:
-    """Contract 2: more requests than rows, ragged lengths, shared prefixes, temperatures side by side."""
+    """Contract 2: more requests than rows, ragged lengths, shared prefixes, temperatures and stop ids side by side."""
     with patch.object(rows_module, "COHORT_TOKENS", {"cpu": data.draw(st.sampled_from([1, 5, 1000]))}):
         check_a_batch_mix(checkpoint, policy, data)
 
@@ -126,17 +127,21 @@ def check_a_batch_mix(checkpoint: Path, policy: Any, data: st.DataObject) -> Non
     prompts = [shared + p if i % 2 else p for i, p in enumerate(prompts)]
     temperatures = [data.draw(st.sampled_from([0.0, 1.0, 0.6])) for _ in prompts]
     lengths = [data.draw(st.integers(1, 20)) for _ in prompts]
+    stops = [data.draw(st.frozensets(st.integers(2, VOCAB - 1), max_size=8)) for _ in prompts]
     asked = [
-        request(f"r{i}", p, n, t, seed=i)
-        for i, (p, n, t) in enumerate(zip(prompts, lengths, temperatures, strict=True))
+        request(f"r{i}", p, n, t, seed=i, stop_ids=stop)
+        for i, (p, n, t, stop) in enumerate(zip(prompts, lengths, temperatures, stops, strict=True))
     ]
-    for prompt, length, temperature, chunks in zip(prompts, lengths, temperatures, run_all(engine, asked), strict=True):
-        sampled = ids_of(chunks)
-        assert len(sampled) == length
-        expected = reference(policy, prompt, sampled, temperature or 1.0)
+    for one, chunks in zip(asked, run_all(engine, asked), strict=True):
+        how, sampled = one.sampling, ids_of(chunks)
+        assert not how.stop_ids.intersection(sampled[:-1])
+        stopped = sampled[-1] in how.stop_ids
+        assert len(sampled) <= how.max_new_tokens if stopped else len(sampled) == how.max_new_tokens
+        assert chunks[-1].finish is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+        expected = reference(policy, one.prompt_ids, sampled, how.temperature or 1.0)
         np.testing.assert_allclose(logprobs_of(chunks), expected, atol=1e-4)
-        if temperature == 0:
-            assert sampled == greedy(policy, prompt, length)
+        if how.temperature == 0:
+            assert sampled == greedy(policy, one.prompt_ids, len(sampled))
     assert engine.stats().active_requests == 0
     assert not engine.by_id
 
@@ -355,6 +360,30 @@ def test_a_step_that_fails_is_told_and_ends_what_runs(checkpoint: Path) -> None:
     chunks = run_all(engine, [request("a", [5, 6])])
     assert chunks[0][-1].finish is FinishReason.ERROR
     assert said == ["a step failed: RuntimeError: the device is gone"]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_step_that_fails_later_loses_no_token_and_the_next_request_none_either(
+    checkpoint: Path, deterministic: bool
+) -> None:
+    engine = engine_of(checkpoint, deterministic=deterministic, max_sequences=16)
+    [whole] = run_all(engine_of(checkpoint, deterministic=deterministic, max_sequences=16), [request("a", [5], 20)])
+    draw, steps = engine._draw, 0
+
+    def fail_at_the_eighth(*given: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise RuntimeError("out of memory")
+        return draw(*given)
+
+    engine._draw = fail_at_the_eighth  # type: ignore[method-assign]
+    [chunks] = run_all(engine, [request("a", [5], 20)])
+    assert [len(chunk.token_ids) for chunk in chunks] == [5, 2]
+    assert chunks[-1].finish is FinishReason.ERROR
+    assert (ids_of(chunks), logprobs_of(chunks)) == (ids_of(whole)[:7], logprobs_of(whole)[:7])
+    [again] = run_all(engine, [request("b", [5], 20)])
+    assert (ids_of(again), logprobs_of(again)) == (ids_of(whole), logprobs_of(whole))
 
 
 def test_weights_that_do_not_fit_leave_the_old_ones_whole(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,8 +222,9 @@ class Decoder:
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
-            q, new = projected.view(-1, heads + 2 * kv_heads, size).tensor_split((heads,), dim=1)
-            rotate_(projected.view(-1, heads + 2 * kv_heads, size)[:, : heads + kv_heads], cos, sin)
+            by_head = projected.view(-1, heads + 2 * kv_heads, size)
+            rotate_(by_head[:, : heads + kv_heads], cos, sin)
+            q, new = by_head.tensor_split((heads,), dim=1)
             kv[layer][place] = new.numpy() if by_numpy else new
             keys, values = self.keys[layer], self.values[layer]
             attended = []
@@ -274,8 +275,9 @@ class Decoder:
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
-            q, new = projected.view(n, heads + 2 * kv_heads, size).tensor_split((heads,), dim=1)
-            rotate_(projected.view(n, heads + 2 * kv_heads, size)[:, : heads + kv_heads], cos, sin)
+            by_head = projected.view(n, heads + 2 * kv_heads, size)
+            rotate_(by_head[:, : heads + kv_heads], cos, sin)
+            q, new = by_head.tensor_split((heads,), dim=1)
             self.kv[layer][rows, :, start] = new
             keys, values = self.keys[layer], self.values[layer]
             attended = torch.cat(

@@ -203,7 +203,7 @@ class TorchEngine:
         except Exception as error:
             for running in list(self.by_id.values()):
                 self._finish(running, FinishReason.ERROR, f"{type(error).__name__}: {error}")
-            self.rows.active.clear()
+            self.rows.clear()
             self.waiting.clear()
             if self.on_death is not None:
                 self.on_death(f"a step failed: {type(error).__name__}: {error}")
@@ -328,6 +328,5 @@ class TorchEngine:
             running.ready.set()
 
     def _finish(self, running: Running, reason: FinishReason, error: str = "") -> None:
-        running.finished = True
         self.by_id.pop(running.request.request_id, None)
         self._flush(running, reason, error)

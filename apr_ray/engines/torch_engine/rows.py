@@ -44,7 +44,6 @@ class Running:
     cached: int = 0
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     chunks: list[Chunk] = field(default_factory=list)
-    finished: bool = False
     abort: bool = False
 
 
@@ -100,6 +99,12 @@ class Rows:
         if running.request.resumes:
             self._retire(running.row)
         self._fill_gap(running.row)
+
+    def clear(self) -> None:
+        """No request runs, whatever a step that failed has left."""
+        self.active.clear()
+        self.lengths[: self.max_sequences] = self.kv_lengths[: self.max_sequences] = 0
+        self._changed()
 
     def weights_changed(self, keep_kv: bool) -> None:
         """What runs computes its KV again, unless it keeps the old; no later request reuses any of it."""
@@ -192,7 +197,7 @@ class Rows:
         self.lengths[row] = self.kv_lengths[row] = 0
 
     def _set_sampling(self, row: int, running: Running) -> None:
-        """What a request asks of its tokens. All of its draws at once: one by one they take a step as long as its
+        """What a request asks of its tokens. All of its draws at once: step by step they cost as much as the rest of
         sampling."""
         params, first = running.request.sampling, int(self.lengths[row])
         self.ends[row] = end = first + running.max_new

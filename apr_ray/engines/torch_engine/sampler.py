@@ -17,8 +17,8 @@ _U64 = np.uint64
 def uniforms(seeds: np.ndarray[Any, Any], counters: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Counter-based uniforms in [0, 1): splitmix64 of seed and counter. Both uint64 [n], or one of them [1].
 
-    Written by hand because numpy's counter-based generators take one seed per generator object: one object per row and
-    step costs more than the model's forward pass.
+    Written by hand because a number must depend on its seed and its counter alone, wherever a request begins: numpy's
+    counter-based generators give blocks of their own size, from an object per seed.
     """
     with np.errstate(over="ignore"):
         x = _mix(seeds + _U64(0x9E3779B97F4A7C15))
