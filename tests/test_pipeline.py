@@ -103,6 +103,7 @@ def test_a_killed_supervised_run_goes_on_from_its_checkpoint(
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow  # `test_placement.py` has colocated steps of GRPO in the quick tier
 def test_a_colocated_supervised_run_learns_the_same_beside_engines_that_sleep(
     finished: RunDir, small_config: Config, tmp_path: Path
 ) -> None:
