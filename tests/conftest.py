@@ -22,8 +22,8 @@ from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
 
-# How long a test takes says what else the machine does. A commit passes every time or never; `make test-slow` looks at
-# further examples of every property.
+# How long a test takes says what else the machine does. `make test` looks at the same examples of a property every time,
+# `make test-slow` at further ones.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("further", deadline=None)
 
@@ -166,7 +166,7 @@ def conformance_table(reporter: TerminalReporter) -> str:
         f"| {check} | " + " | ".join(row.get(e, "not run") for e in engines) + " |" for check, row in cells.items()
     ]
     lines.append(
-        "| largest \\|Δ logprob\\| to transformers | " + " | ".join(f"{deltas[e]:.1e}" for e in engines) + " |"
+        "| largest \\|Δ logprob\\| to transformers in float64 | " + " | ".join(f"{deltas[e]:.1e}" for e in engines) + " |"
     )
     return "\n".join(lines)
 

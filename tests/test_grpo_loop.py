@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from apr_ray.config import Config, parse_config
@@ -66,10 +67,8 @@ class Stub:
     def sample_for_check(self, prompts: Sequence[Any], tokens: int, temperature: float) -> list[CheckSample]:
         return [CheckSample("worker-00", (7,), (1,), (-0.1,))]
 
-    def logprobs(self, sequences: Sequence[Any], temperature: float) -> list[list[float]]:
-        import numpy as np
-
-        return [np.array([0.0, -0.1]) for _ in sequences]  # type: ignore[misc]
+    def logprobs(self, sequences: Sequence[Any], temperature: float) -> list[np.ndarray[Any, Any]]:
+        return [np.array([0.0, -0.1]) for _ in sequences]
 
     def save(self, folder: Path) -> None:
         write_policy(folder / "policy", self.version.counter)
