@@ -22,7 +22,7 @@ from apr_ray.config import Config, ModelConfig, TaskConfig, parse_config
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
 
-# How long a test takes says what else the machine does. `make test` looks at the same examples of a property every time,
+# How long a test takes says what else the machine does. `make test` looks at the same examples of a property each time,
 # `make test-slow` at further ones.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("further", deadline=None)
@@ -165,9 +165,8 @@ def conformance_table(reporter: TerminalReporter) -> str:
     lines += [
         f"| {check} | " + " | ".join(row.get(e, "not run") for e in engines) + " |" for check, row in cells.items()
     ]
-    lines.append(
-        "| largest \\|Δ logprob\\| to transformers in float64 | " + " | ".join(f"{deltas[e]:.1e}" for e in engines) + " |"
-    )
+    largest = " | ".join(f"{deltas[e]:.1e}" for e in engines)
+    lines.append(f"| largest \\|Δ logprob\\| to transformers in float64 | {largest} |")
     return "\n".join(lines)
 
 
