@@ -387,9 +387,9 @@ def test_a_step_that_fails_later_loses_no_token_and_the_next_request_none_either
 
 
 def test_weights_that_do_not_fit_leave_the_old_ones_whole(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0)
+    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0, dtype="bfloat16")
     decoder, state = engine.decoder, load_weights(checkpoint)
-    before = decoder.embed, decoder.head, decoder.final_norm, list(decoder.layers)
+    before = decoder.embed, decoder.head, decoder.final_norm, decoder.layers
     made, real = 0, torch.tensor
 
     def tensor(*given: Any, **options: Any) -> torch.Tensor:
@@ -402,8 +402,19 @@ def test_weights_that_do_not_fit_leave_the_old_ones_whole(checkpoint: Path, monk
     monkeypatch.setattr(torch, "tensor", tensor)
     with pytest.raises(torch.OutOfMemoryError):
         decoder.load(state)
-    assert (decoder.embed, decoder.head, decoder.final_norm) == before[:3]
-    assert decoder.layers == before[3]
+    assert (decoder.embed, decoder.head, decoder.final_norm, decoder.layers) == before
+
+
+def test_on_a_cpu_new_weights_take_the_place_of_the_old_ones(checkpoint: Path) -> None:
+    decoder, state = TorchEngine.from_checkpoint(checkpoint).decoder, load_weights(checkpoint)
+    memory = decoder.weights
+    decoder.load({name: 2 * part for name, part in state.items()})
+    assert decoder.weights is memory
+    assert decoder.embed.data_ptr() == memory.data_ptr()
+    torch.testing.assert_close(decoder.embed, 2 * torch.tensor(state["model.embed_tokens.weight"]))
+    qkv = np.concatenate([state[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
+    torch.testing.assert_close(decoder.layers[1][1], 2 * torch.tensor(qkv))
+    torch.testing.assert_close(decoder.final_norm, 2 * torch.tensor(state["model.norm.weight"]))
 
 
 def test_a_checkpoint_is_read_as_transformers_reads_it_and_a_broken_one_is_named(

@@ -248,10 +248,8 @@ def test_a_worker_that_holds_the_current_version_joins_with_it(pool: RolloutPool
 def test_memory_that_is_sent_again_leaves_the_version_before_alone() -> None:
     sink = MemorySink()
     sink.open()
-    sources = [
-        sink.take(LAYOUT, pieces(np.full(NUMBERS, n, dtype=np.float32), 12), WeightVersion(0, n)) for n in (1, 2)
-    ]
-    sink.take(LAYOUT, pieces(np.full(NUMBERS, 2, dtype=np.float32), 12), WeightVersion(0, 2))
+    sources = [fill(sink, np.full(NUMBERS, n, dtype=np.float32), 12, WeightVersion(0, n)) for n in (1, 2)]
+    fill(sink, np.full(NUMBERS, 2, dtype=np.float32), 12, WeightVersion(0, 2))
     for number, source in enumerate(sources, start=1):
         assert source is not None
         assert set(source.fetch().flat.tolist()) == {float(number)}
@@ -316,6 +314,13 @@ NUMBERS = sum(spec.size for spec in LAYOUT)
 def pieces(flat: np.ndarray[Any, Any], numbers: int) -> Iterator[np.ndarray[Any, Any]]:
     for piece in pieces_of(LAYOUT, numbers):
         yield flat[piece[0].offset : piece[-1].offset + piece[-1].size]
+
+
+def fill(sink: MemorySink | FileSink, flat: np.ndarray[Any, Any], numbers: int, version: WeightVersion) -> Any:
+    """As rank 0 does: what is sent is written where the sink wants it."""
+    room = sink.room(LAYOUT, version)
+    room[:] = flat
+    return sink.take(LAYOUT, pieces(room, numbers), version)
 
 
 @given(
@@ -430,7 +435,7 @@ def test_a_file_is_complete_when_it_has_its_name_and_old_ones_go(tmp_path: Path)
     for number in range(4):
         version = version.next()
         flat = np.full(NUMBERS, number, dtype=np.float32)
-        update = FileSource(sink.take(LAYOUT, pieces(flat, 7), version)).fetch()
+        update = FileSource(fill(sink, flat, 7, version)).fetch()
         np.testing.assert_array_equal(update.flat, flat)
         assert (update.version, update.specs, update.checksum) == (version, LAYOUT, checksum(flat))
     assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["weights-0.3.safetensors", "weights-0.4.safetensors"]

@@ -93,10 +93,14 @@ class WeightSink(Protocol):
         """Make ready; returns what sources must know."""
         ...
 
+    def room(self, layout: tuple[TensorSpec, ...], version: WeightVersion) -> np.ndarray[Any, Any] | None:
+        """Memory of the sink's for the whole version, of which the pieces are then parts; None if it needs none."""
+        ...
+
     def take(
         self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
     ) -> Any:
-        """Send all pieces. A piece is valid until the next but one is asked for."""
+        """Send all pieces. Without `room`, a piece is valid until the next but one is asked for."""
         ...
 
     def close(self) -> None:

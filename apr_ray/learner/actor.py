@@ -51,6 +51,8 @@ class LearnerActor:
         self.init_from = init_from
         self.rank = rank
         self.sinks: dict[str, WeightSink] = {}
+        self.packed: np.ndarray[Any, Any] | None = None
+        """Where `weights` packs them, kept for the next time."""
 
     def log(self) -> str:
         """Where this rank logs. While it is in a step it does not answer."""
@@ -103,8 +105,11 @@ class LearnerActor:
     def weights(self, version: WeightVersion) -> tuple[Any, None]:
         """Rank 0's are sent; the others only take part in gathering them. The second value says that it was done: the
         driver can wait for it without fetching the first."""
-        update = self.trainer.weights(version)
-        return update if self.rank == 0 else None, None
+        update = self.trainer.weights(version, self.packed)
+        if self.rank:
+            return None, None
+        self.packed = update.flat  # Ray copies what is in it before this actor's next call
+        return update, None
 
     def open_sink(self, name: str, sink: WeightSink) -> tuple[tuple[TensorSpec, ...], Any]:
         """Where `send_weights` will put the weights (rank 0 only); returns what its receivers must know."""
@@ -116,9 +121,10 @@ class LearnerActor:
 
     def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> Any:
         """Rank 0 sends; the others only take part in gathering, to the end even where sending fails."""
-        pieces = self.trainer.weight_pieces(piece_numbers)
+        sink, layout = self.sinks.get(name), self.trainer.layout()
+        pieces = self.trainer.weight_pieces(piece_numbers, sink.room(layout, version) if sink else None)
         try:
-            return self.sinks[name].take(self.trainer.layout(), pieces, version) if self.rank == 0 else None
+            return sink.take(layout, pieces, version) if sink else None
         finally:
             for _ in pieces:
                 pass

@@ -366,10 +366,10 @@ class Trainer:
         logits = self._logits(self.reference, rows.tokens, bf16)
         return token_logprobs(logits, rows.tokens, temperature)
 
-    def weights(self, version: WeightVersion) -> WeightUpdate:
-        """All parameters as one buffer. At ZeRO stage 3 all ranks must call it."""
+    def weights(self, version: WeightVersion, flat: np.ndarray[Any, Any] | None = None) -> WeightUpdate:
+        """All parameters as one buffer: `flat`, if given. At ZeRO stage 3 all ranks must call it."""
         with self.whole_policy() as policy:
-            return pack_weights(trainable_parameters(policy), version)
+            return pack_weights(trainable_parameters(policy), version, flat)
 
     def layout(self) -> tuple[TensorSpec, ...]:
         """Where each parameter lies in the flat form of the weights."""
@@ -377,19 +377,21 @@ class Trainer:
         return layout_of((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named)
 
     @torch.no_grad()
-    def weight_pieces(self, numbers: int) -> Iterator[np.ndarray[Any, Any]]:
-        """The flat weights piece by piece (`core.weights.pieces_of`), in two buffers by turns: a piece is valid until
-        the next but one. At ZeRO stage 3 all ranks must go through all pieces; each is whole only while it is copied.
+    def weight_pieces(self, numbers: int, flat: np.ndarray[Any, Any] | None = None) -> Iterator[np.ndarray[Any, Any]]:
+        """The flat weights piece by piece (`core.weights.pieces_of`): parts of `flat`, if given, else in two buffers by
+        turns: a piece is valid until the next but one. At ZeRO stage 3 all ranks must go through all pieces; each is
+        whole only while it is copied.
         """
         import deepspeed
 
         parameters = dict(trainable_parameters(self.policy))
         pieces = pieces_of(self.layout(), numbers)
         sizes = [sum(spec.size for spec in piece) for piece in pieces]
-        buffers = [np.empty(max(sizes), dtype=np.float32) for _ in range(min(2, len(sizes)))]
+        buffers = [] if flat is not None else [np.empty(max(sizes), dtype=np.float32) for _ in sizes[:2]]
         for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
             tensors = [parameters[spec.name] for spec in piece]
-            into = buffers[number % 2][:size]
+            start = piece[0].offset
+            into = buffers[number % 2][:size] if flat is None else flat[start : start + size]
             with deepspeed.zero.GatheredParameters(tensors, enabled=self.zero == 3):
                 if self.rank == 0:
                     copy_flat(tensors, into)

@@ -16,16 +16,23 @@ CACHED_NUMBERS = 1 << 18
 """1 MB in float32."""
 
 
-def pack_weights(parameters: Iterable[tuple[str, torch.Tensor]], version: WeightVersion) -> WeightUpdate:
-    """All parameters, by their Hugging Face names, in one float32 buffer.
+def pack_weights(
+    parameters: Iterable[tuple[str, torch.Tensor]], version: WeightVersion, flat: np.ndarray[Any, Any] | None = None
+) -> WeightUpdate:
+    """All parameters, by their Hugging Face names, in one float32 buffer: `flat`, if given.
 
     Other dtypes are converted to float32, which holds bfloat16 and float16 exactly.
     """
     named = list(parameters)
-    flat = np.empty(sum(t.numel() for _, t in named), dtype=np.float32)
-    copy_flat((tensor for _, tensor in named), flat)
     layout = layout_of((name, tuple(tensor.shape)) for name, tensor in named)
-    return WeightUpdate(version, layout, flat, checksum(flat))
+    if flat is None:
+        flat = np.empty(sum(spec.size for spec in layout), dtype=np.float32)
+    running, total = RunningChecksum(), 0
+    for (_, tensor), spec in zip(named, layout, strict=True):
+        part = flat[spec.offset : spec.offset + spec.size]
+        copy_flat([tensor], part)
+        total = running.add(part)  # while it is in a core's cache
+    return WeightUpdate(version, layout, flat, total)
 
 
 def copy_flat(tensors: Iterable[torch.Tensor], flat: np.ndarray[Any, Any]) -> None:

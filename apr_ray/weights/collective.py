@@ -181,6 +181,9 @@ class CollectiveSink:
         self.store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         return address, self.store.port
 
+    def room(self, layout: tuple[TensorSpec, ...], version: WeightVersion) -> None:
+        """None: a piece is on its way while the next is gathered."""
+
     def take(
         self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
     ) -> None:

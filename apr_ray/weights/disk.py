@@ -18,7 +18,7 @@ from apr_ray.config import WeightsConfig
 from apr_ray.core.errors import SyncFailed
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.model.state import checksum
+from apr_ray.model.state import RunningChecksum
 from apr_ray.rollout.pool import Membership
 from apr_ray.weights.transport import Sending, Transport, receive, wait_for_all
 
@@ -49,21 +49,27 @@ class FileSink:
 
     folder: str
     kept: list[Path] = field(default_factory=list)
+    flat: np.ndarray[Any, Any] | None = None
 
     def open(self) -> None:
         """Make the folder."""
         Path(self.folder).mkdir(parents=True, exist_ok=True)
 
+    def room(self, layout: tuple[TensorSpec, ...], version: WeightVersion) -> np.ndarray[Any, Any]:
+        """For a whole copy of the weights, until it is written."""
+        self.flat = np.empty(sum(spec.size for spec in layout), dtype=np.float32)
+        return self.flat
+
     def take(
         self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
     ) -> str:
         """Write the file under another name, then give it its own; returns that."""
-        flat = np.empty(sum(spec.size for spec in layout), dtype=np.float32)
-        offset = 0
+        running, total = RunningChecksum(), 0
         for piece in pieces:
-            flat[offset : offset + piece.size] = piece
-            offset += piece.size
-        update = WeightUpdate(version, layout, flat, checksum(flat))
+            total = running.add(piece)
+        flat, self.flat = self.flat, None
+        assert flat is not None
+        update = WeightUpdate(version, layout, flat, total)
         path = Path(self.folder) / f"weights-{version}.safetensors"
         order = "\n".join(spec.name for spec in layout)
         about = {"version": str(version), "xxh3": str(update.checksum), "order": order}

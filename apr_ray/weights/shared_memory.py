@@ -35,28 +35,29 @@ class MemorySink:
 
     buffers: list[np.ndarray[Any, Any]] = field(default_factory=list)
     version: WeightVersion | None = None
-    """What the first of them holds."""
+    """What the first of them holds, or will when it is written."""
 
     def open(self) -> None:
         """Memory is taken when the size is known."""
 
-    def take(
-        self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
-    ) -> MemorySource | None:
-        """Write the pieces one after the other; returns where they lie."""
+    def room(self, layout: tuple[TensorSpec, ...], version: WeightVersion) -> np.ndarray[Any, Any]:
+        """The buffer whose turn it is."""
         if not self.buffers:
             size = sum(spec.size for spec in layout)
             self.buffers = [new_shared(size) for _ in range(2)]
         if version != self.version:  # sent again, it leaves alone the one before, which late workers may still read
             self.buffers.reverse()
         self.version = version
-        flat = self.buffers[0]
-        offset, running, total = 0, RunningChecksum(), 0
+        return self.buffers[0]
+
+    def take(
+        self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
+    ) -> MemorySource | None:
+        """Wait for all pieces; returns where they lie."""
+        running, total = RunningChecksum(), 0
         for piece in pieces:
-            flat[offset : offset + piece.size] = piece
             total = running.add(piece)
-            offset += piece.size
-        return memory_source(WeightUpdate(version, layout, flat, total))
+        return memory_source(WeightUpdate(version, layout, self.buffers[0], total))
 
     def close(self) -> None:
         """Let go of the memory; workers that still map it keep it."""

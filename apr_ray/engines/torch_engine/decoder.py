@@ -56,26 +56,34 @@ class DecoderShape:
             tied=bool(config.get("tie_word_embeddings", False)),
         )
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face parameter names to shapes: what a weight update must hold, no more and no less."""
+    def stacks(self) -> list[dict[str, tuple[int, ...]]]:
+        """The matrices and vectors that a forward pass needs, in its order. Each is one or more parameters, one below
+        the other: Hugging Face names to shapes."""
         q, kv, d = self.heads * self.head_size, self.kv_heads * self.head_size, self.hidden
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, d), "model.norm.weight": (d,)}
+        stacks: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (self.vocab, d)}]
         for i in range(self.layers):
             layer = f"model.layers.{i}."
-            shapes |= {
-                layer + "self_attn.q_proj.weight": (q, d),
-                layer + "self_attn.k_proj.weight": (kv, d),
-                layer + "self_attn.v_proj.weight": (kv, d),
-                layer + "self_attn.o_proj.weight": (d, q),
-                layer + "mlp.gate_proj.weight": (self.ffn, d),
-                layer + "mlp.up_proj.weight": (self.ffn, d),
-                layer + "mlp.down_proj.weight": (d, self.ffn),
-                layer + "input_layernorm.weight": (d,),
-                layer + "post_attention_layernorm.weight": (d,),
-            }
+            stacks += [
+                {layer + "input_layernorm.weight": (d,)},
+                {layer + f"self_attn.{part}_proj.weight": (rows, d) for part, rows in (("q", q), ("k", kv), ("v", kv))},
+                {layer + "self_attn.o_proj.weight": (d, q)},
+                {layer + "post_attention_layernorm.weight": (d,)},
+                {layer + f"mlp.{part}_proj.weight": (self.ffn, d) for part in ("gate", "up")},
+                {layer + "mlp.down_proj.weight": (d, self.ffn)},
+            ]
+        stacks.append({"model.norm.weight": (d,)})
         if not self.tied:
-            shapes["lm_head.weight"] = (self.vocab, d)
-        return shapes
+            stacks.append({"lm_head.weight": (self.vocab, d)})
+        return stacks
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face parameter names to shapes: what a weight update must hold, no more and no less."""
+        return {name: shape for stack in self.stacks() for name, shape in stack.items()}
+
+
+def _padded(numbers: int) -> int:
+    """So that what follows begins at a cache line, for any dtype."""
+    return -(-numbers // 64) * 64
 
 
 def require_plain_llama(config: Mapping[str, Any], checkpoint: str) -> None:
@@ -131,6 +139,9 @@ class Decoder:
         self.shape = shape
         self.device = torch.device(device)
         self.dtype = dtype
+        self.by_numpy = device == "cpu" and dtype == torch.float32
+        """Whether memory is numpy's: it takes huge pages where the system has them, and writes KV thrice as fast."""
+        self.weights: torch.Tensor | None = None
         self.kv_size = (shape.layers, slots, 2 * shape.kv_heads, context, shape.head_size)
         self.allocate()
         half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
@@ -141,8 +152,7 @@ class Decoder:
 
     def allocate(self) -> None:
         """Make the KV slots, which hold nothing: keys and values of a token side by side, to be written at once."""
-        if self.device.type == "cpu" and self.dtype == torch.float32:
-            # numpy's zeros take memory as it is touched, in huge pages where the system has them
+        if self.by_numpy:  # zeros that take memory as it is touched
             self.kv = torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32))
         else:
             try:
@@ -163,28 +173,33 @@ class Decoder:
 
     def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Take over weights by Hugging Face names, all or, where memory does not suffice, none; the caller has checked
-        them."""
+        them. On a CPU they are copied to where the last ones lie."""
+        if self.by_numpy and self.weights is not None:
+            flat = self.weights
+        else:
+            flat = self._empty(sum(_padded(sum(map(math.prod, stack.values()))) for stack in self.shape.stacks()))
+        matrices, begin = [], 0
+        for stack in self.shape.stacks():
+            end = begin
+            for name, shape in stack.items():
+                into, end = flat[end : end + math.prod(shape)].view(shape), end + math.prod(shape)
+                if self.by_numpy:
+                    np.copyto(into.numpy(), state[name])
+                else:
+                    into.copy_(torch.tensor(state[name]))  # a copy, as the source may be read-only
+            matrices.append(flat[begin:end].view(-1, *shape[1:]))
+            begin += _padded(end - begin)
+        self.weights = flat
+        self.embed, *rest = matrices
+        self.head = self.embed if self.shape.tied else rest.pop()
+        self.final_norm = rest.pop()
+        self.layers = [tuple(rest[i : i + 6]) for i in range(0, len(rest), 6)]
 
-        def get(name: str) -> torch.Tensor:
-            return torch.tensor(state[name], dtype=self.dtype, device=self.device)  # a copy: the source may be shared
-
-        embed = get("model.embed_tokens.weight")
-        head = embed if self.shape.tied else get("lm_head.weight")
-        final_norm = get("model.norm.weight")
-        layers = []
-        for i in range(self.shape.layers):
-            at = f"model.layers.{i}."
-            layers.append(
-                (
-                    get(at + "input_layernorm.weight"),
-                    torch.cat([get(at + f"self_attn.{p}_proj.weight") for p in "qkv"]),
-                    get(at + "self_attn.o_proj.weight"),
-                    get(at + "post_attention_layernorm.weight"),
-                    torch.cat([get(at + f"mlp.{p}_proj.weight") for p in ("gate", "up")]),
-                    get(at + "mlp.down_proj.weight"),
-                )
-            )
-        self.embed, self.head, self.final_norm, self.layers = embed, head, final_norm, layers
+    def _empty(self, numbers: int) -> torch.Tensor:
+        """Memory for weights."""
+        if self.by_numpy:
+            return torch.from_numpy(np.empty(numbers, dtype=np.float32))
+        return torch.empty(numbers, dtype=self.dtype, device=self.device)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of one slot's KV to another."""
@@ -216,7 +231,7 @@ class Decoder:
         cuts = itertools.accumulate((span.rows * span.width for span in spans), initial=0)
         parts = [(span, slice(a, b)) for span, (a, b) in zip(spans, itertools.pairwise(cuts), strict=True)]
         masks = [self._mask(span, positions[part]) for span, part in parts]
-        by_numpy = self.device.type == "cpu" and self.dtype == torch.float32  # torch takes thrice as long to write KV
+        by_numpy = self.by_numpy
         kv: Any = self.kv.numpy() if by_numpy else self.kv
         place: Any = (slots.numpy(), slice(None), positions.numpy()) if by_numpy else (slots, slice(None), positions)
         x = self.embed[tokens]
