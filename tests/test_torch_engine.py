@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
-from apr_ray.core.errors import AprError, EngineAsleep
+from apr_ray.core.errors import AprError, EngineAsleep, WeightsRejected
+from apr_ray.core.weights import WeightVersion, layout_of
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.engines.torch_engine import rows as rows_module
 from apr_ray.engines.torch_engine.sampler import Sampling, sample, uniforms
 from apr_ray.model.llama import load_policy, load_weights
-from apr_ray.model.state import trainable_parameters
+from apr_ray.model.state import flatten, pack_weights, trainable_parameters
 
 VOCAB = 57
 
@@ -387,34 +388,78 @@ def test_a_step_that_fails_later_loses_no_token_and_the_next_request_none_either
 
 
 def test_weights_that_do_not_fit_leave_the_old_ones_whole(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0, dtype="bfloat16")
-    decoder, state = engine.decoder, load_weights(checkpoint)
+    decoder = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0, dtype="bfloat16").decoder
     before = decoder.embed, decoder.head, decoder.final_norm, decoder.layers
-    made, real = 0, torch.tensor
+    layout = layout_of(sorted(decoder.shape.parameter_shapes().items()))  # k before q: not stacked yet
+    flat = flatten(load_weights(checkpoint), layout)
+    made, real = 0, torch.cat
 
-    def tensor(*given: Any, **options: Any) -> torch.Tensor:
+    def cat(*given: Any, **options: Any) -> torch.Tensor:
         nonlocal made
         made += 1
-        if made == 8:
+        if made == 2:
             raise torch.OutOfMemoryError("no room")
         return real(*given, **options)
 
-    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(torch, "cat", cat)
     with pytest.raises(torch.OutOfMemoryError):
-        decoder.load(state)
+        decoder.load(flat, layout)
     assert (decoder.embed, decoder.head, decoder.final_norm, decoder.layers) == before
 
 
-def test_on_a_cpu_new_weights_take_the_place_of_the_old_ones(checkpoint: Path) -> None:
-    decoder, state = TorchEngine.from_checkpoint(checkpoint).decoder, load_weights(checkpoint)
-    memory = decoder.weights
-    decoder.load({name: 2 * part for name, part in state.items()})
-    assert decoder.weights is memory
-    assert decoder.embed.data_ptr() == memory.data_ptr()
-    torch.testing.assert_close(decoder.embed, 2 * torch.tensor(state["model.embed_tokens.weight"]))
-    qkv = np.concatenate([state[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
-    torch.testing.assert_close(decoder.layers[1][1], 2 * torch.tensor(qkv))
-    torch.testing.assert_close(decoder.final_norm, 2 * torch.tensor(state["model.norm.weight"]))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", [list, sorted])
+def test_weights_are_taken_in_any_order_and_on_a_cpu_where_they_lie(
+    checkpoint: Path, dtype: str, order: Callable[[Any], list[tuple[str, tuple[int, ...]]]]
+) -> None:
+    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0, dtype=dtype)
+    decoder, state = engine.decoder, load_weights(checkpoint)
+    layout = layout_of(order(decoder.shape.parameter_shapes().items()))
+    flat = flatten({name: 2 * part for name, part in state.items()}, layout)
+    decoder.load(flat, layout)
+    assert (decoder.flat is flat) == (dtype == "float32")
+    if dtype == "float32":
+        lies_there = [np.shares_memory(flat, matrix.numpy()) for matrix in decoder.layers[1]]
+        assert lies_there == [True, order is list, True, True, True, True]
+    for matrix, pattern, parts in (
+        (decoder.embed, "model.embed_tokens.weight", [""]),
+        (decoder.layers[1][1], "model.layers.1.self_attn.{}_proj.weight", ["q", "k", "v"]),
+        (decoder.layers[1][4], "model.layers.1.mlp.{}_proj.weight", ["gate", "up"]),
+        (decoder.final_norm, "model.norm.weight", [""]),
+    ):
+        stacked = np.concatenate([state[pattern.format(part)] for part in parts])
+        torch.testing.assert_close(matrix, 2 * torch.tensor(stacked).to(matrix.dtype))
+
+
+def test_an_update_is_copied_to_where_the_weights_before_the_present_ones_were(checkpoint: Path) -> None:
+    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0)
+    parameters = [(name, torch.tensor(part)) for name, part in load_weights(checkpoint).items()]
+    memory = [engine.decoder.flat]
+    for counter in range(1, 5):
+        update = pack_weights([(name, counter * part) for name, part in parameters], WeightVersion(0, counter))
+        asyncio.run(engine.update_weights(update))
+        held, flat = update.flat.copy(), engine.decoder.flat
+        update.flat[:] = np.nan  # the engine has its own
+        assert flat is not None
+        np.testing.assert_array_equal(flat, held)
+        memory.append(flat)
+    assert memory[0] is memory[2] is memory[4]
+    assert memory[1] is memory[3]
+
+
+def test_a_refused_update_leaves_the_weights_that_run_alone(checkpoint: Path) -> None:
+    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0)
+    parameters = [(name, torch.tensor(part)) for name, part in load_weights(checkpoint).items()]
+    asyncio.run(engine.update_weights(pack_weights(parameters, WeightVersion(0, 1))))
+    running = engine.decoder.flat
+    assert running is not None
+    before = running.copy()
+    bad = pack_weights([(name, 3 * part) for name, part in parameters], WeightVersion(0, 2))
+    bad.flat[-1] = np.inf
+    with pytest.raises(WeightsRejected):
+        asyncio.run(engine.update_weights(bad))
+    assert engine.decoder.flat is running
+    np.testing.assert_array_equal(running, before)
 
 
 def test_a_checkpoint_is_read_as_transformers_reads_it_and_a_broken_one_is_named(

@@ -435,7 +435,7 @@ def test_a_file_is_complete_when_it_has_its_name_and_old_ones_go(tmp_path: Path)
     for number in range(4):
         version = version.next()
         flat = np.full(NUMBERS, number, dtype=np.float32)
-        update = FileSource(fill(sink, flat, 7, version)).fetch()
+        update = fill(sink, flat, 7, version).fetch()
         np.testing.assert_array_equal(update.flat, flat)
         assert (update.version, update.specs, update.checksum) == (version, LAYOUT, checksum(flat))
     assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["weights-0.3.safetensors", "weights-0.4.safetensors"]

@@ -24,8 +24,10 @@ from apr_ray.bench.timing import REPEATS, Result, in_turn
 from apr_ray.config import Config
 from apr_ray.core.engine import GenerateRequest, SamplingParams
 from apr_ray.core.ledger import Call, Path, ThreadTree
+from apr_ray.core.weights import layout_of
 from apr_ray.engines.torch_engine.decoder import Decoder
 from apr_ray.engines.torch_engine.engine import TorchEngine
+from apr_ray.model.state import flatten
 
 
 def run(
@@ -44,7 +46,8 @@ def _against_the_bare_loop(config: Config, n: int, prompt_tokens: int, new_token
     prompts = torch.randint(2, shape.vocab, (n, prompt_tokens), generator=generator)
     engine = TorchEngine(shape, state, max_sequences=n, cache_slots=0)
     loop = BareLoop(Decoder(shape, n, prompt_tokens + new_tokens))
-    loop.decoder.load(state)
+    layout = layout_of(shape.parameter_shapes().items())
+    loop.decoder.load(flatten(state, layout), layout)
     made: dict[str, torch.Tensor] = {}
 
     async def one(i: int) -> tuple[list[int], list[float]]:

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, EngineAsleep, PartDied
 from apr_ray.core.weights import WeightUpdate, WeightVersion
@@ -129,6 +131,10 @@ class SGLangBase:
     async def _abort_in_sglang(self, prefix: str, ids: Sequence[str]) -> None:
         """End the requests with these ids; they are all whose ids start with the prefix."""
         raise NotImplementedError
+
+    def _room(self, update: WeightUpdate) -> np.ndarray[Any, Any] | None:
+        """Memory for a copy of the weights, made while they are checked; None where `_staged` needs none."""
+        return None
 
     def _staged(self, update: WeightUpdate) -> contextlib.AbstractAsyncContextManager[Any]:
         """The weights where SGLang can read them, put there while it decodes on, and gone when the block ends."""
@@ -301,7 +307,7 @@ class SGLangBase:
             raise AprError("SGLang's KV is not kept over an update", "Use weights.mode=pause")
         async with self._updating:
             self._require_awake()
-            await asyncio.to_thread(check_update, update, self.expected, self.version)
+            await asyncio.to_thread(check_update, update, self.expected, self.version, self._room(update))
             self._loop = asyncio.get_running_loop()
             async with self._staged(update) as staged:
                 self._open.clear()

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import gc
 import inspect
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -117,22 +118,24 @@ class SGLangEngine(SGLangBase):
 
         self._manager._dispatch_to_scheduler(AbortReq(rid=prefix, abort_all=not prefix))
 
+    def _room(self, update: WeightUpdate) -> np.ndarray[Any, Any] | None:
+        """Shared memory, unless a transport has brought the weights in such. It is kept from update to update: taking
+        fresh pages costs several times what the copy does."""
+        if shared_tensor(update.flat) is not None:
+            return None
+        if self._copy is None:
+            self._copy = new_shared(sum(map(math.prod, self.expected.values())))
+        return self._copy
+
     @contextlib.asynccontextmanager
     async def _staged(self, update: WeightUpdate) -> AsyncIterator[list[bytes]]:
-        """See `SGLangBase._staged`: shared memory that SGLang maps, which is where most transports bring weights."""
+        """See `SGLangBase._staged`: shared memory that SGLang maps."""
         flat = shared_tensor(update.flat)
         if flat is None:
-            flat = await asyncio.to_thread(self._copy_of, update)
+            assert self._copy is not None
+            flat = shared_tensor(self._copy)
+            assert flat is not None
         yield _flattened_bucket(update, flat, int(self._engine.server_args.tp_size))
-
-    def _copy_of(self, update: WeightUpdate) -> torch.Tensor:
-        """In memory that is kept from update to update: taking fresh pages costs several times what the copy does."""
-        if self._copy is None:
-            self._copy = new_shared(update.flat.size)
-        self._copy[:] = update.flat
-        tensor = shared_tensor(self._copy)
-        assert tensor is not None
-        return tensor
 
     async def _apply(self, staged: list[bytes], version: WeightVersion) -> None:
         """See `SGLangBase._apply`. An SGLang that tells no versions dies if it is to flush while anything waits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from apr_ray.core.errors import WeightsRejected
-from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of
+from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of
 
 CACHED_NUMBERS = 1 << 18
 """1 MB in float32."""
@@ -33,6 +33,14 @@ def pack_weights(
         copy_flat([tensor], part)
         total = running.add(part)  # while it is in a core's cache
     return WeightUpdate(version, layout, flat, total)
+
+
+def flatten(state: Mapping[str, np.ndarray[Any, Any]], layout: Sequence[TensorSpec]) -> np.ndarray[Any, Any]:
+    """Arrays by name as one flat float32 buffer in this layout."""
+    flat = np.empty(sum(spec.size for spec in layout), dtype=np.float32)
+    for spec in layout:
+        flat[spec.offset : spec.offset + spec.size] = state[spec.name].reshape(-1)
+    return flat
 
 
 def copy_flat(tensors: Iterable[torch.Tensor], flat: np.ndarray[Any, Any]) -> None:
@@ -64,13 +72,20 @@ class RunningChecksum:
         return self._hash.intdigest() & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], current: WeightVersion) -> None:
+def check_update(
+    update: WeightUpdate,
+    expected: Mapping[str, tuple[int, ...]],
+    current: WeightVersion,
+    copy_to: np.ndarray[Any, Any] | None = None,
+) -> None:
     """Raise WeightsRejected, naming the first fault, unless the update can be applied whole.
 
     Args:
         update: what came.
         expected: parameter names to shapes.
         current: the version now running; the update's must be newer.
+        copy_to: where its numbers are copied meanwhile, which spares a pass over memory. What is there counts only if
+            nothing is raised.
     """
 
     def refuse(what: str) -> None:
@@ -97,7 +112,7 @@ def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], 
         end += spec.size
     if end != update.flat.size:
         refuse(f"the buffer holds {update.flat.size} numbers, its parameters {end}")
-    total, finite = _read_once(update.flat)
+    total, finite = _read_once(update.flat, copy_to)
     if total != update.checksum:
         refuse("the checksum is wrong")
     if not finite:
@@ -105,8 +120,9 @@ def check_update(update: WeightUpdate, expected: Mapping[str, tuple[int, ...]], 
         refuse(f"{bad} holds a number that is not finite")
 
 
-def _read_once(flat: np.ndarray[Any, Any]) -> tuple[int, bool]:
-    """Checksum, and whether all numbers are finite, in one pass over memory, by pieces that fit into a core's cache.
+def _read_once(flat: np.ndarray[Any, Any], copy_to: np.ndarray[Any, Any] | None) -> tuple[int, bool]:
+    """Checksum, and whether all numbers are finite, in one pass over memory, by pieces that fit into a core's cache; of
+    the copy, where there is one.
 
     A sum is not finite where a term is not; where it is not for another reason, the terms are looked at.
     """
@@ -114,6 +130,9 @@ def _read_once(flat: np.ndarray[Any, Any]) -> tuple[int, bool]:
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, flat.size, CACHED_NUMBERS):
             piece = flat[start : start + CACHED_NUMBERS]
+            if copy_to is not None:
+                copy_to[start : start + CACHED_NUMBERS] = piece
+                piece = copy_to[start : start + CACHED_NUMBERS]
             total = running.add(piece)
             finite = finite and bool(np.isfinite(piece.sum()) or np.isfinite(piece).all())
     return total, finite

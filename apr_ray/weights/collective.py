@@ -63,13 +63,12 @@ class CollectiveTransport(Transport):
             self.layout, self.address = self.open_sink(learners, CollectiveSink(self._place(0)))
             self.members = members
         calls = self.send_into_sink(learners, version)
-        for rank, (first, *_) in enumerate(self.nodes, start=1):
+        reading: dict[str, Any] = {}
+        for rank, (first, *others) in enumerate(self.nodes, start=1):
             source = CollectiveSource(self._place(rank), self.layout, self.config.piece_numbers, version)
             calls |= receive([first], source)
-        came = wait_for_all(calls, self.config.timeout_s + GRACE_S, what)[-len(self.nodes) :]
-        reading: dict[str, Any] = {}
-        for (_, *others), source in zip(self.nodes, came, strict=True):
-            reading |= receive(others, source)
+            reading |= receive(others, calls[first.name])  # asked before it is there: see `Transport.passed_on`
+        wait_for_all(calls, self.config.timeout_s + GRACE_S, what)
         return Sending(reading, lambda: _held_by_one_of(members.workers, self.config.timeout_s))
 
     def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:

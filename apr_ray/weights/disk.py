@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -20,7 +19,7 @@ from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.state import RunningChecksum
 from apr_ray.rollout.pool import Membership
-from apr_ray.weights.transport import Sending, Transport, receive, wait_for_all
+from apr_ray.weights.transport import Sending, Transport
 
 
 class DiskTransport(Transport):
@@ -37,10 +36,8 @@ class DiskTransport(Transport):
         """See `Transport.send`."""
         if self.opened is not learners:
             self.open_sink(learners, FileSink(str(self.folder)))
-        calls = self.send_into_sink(learners, version)
-        path = wait_for_all(calls, self.config.timeout_s, f"the sync of weights {version}")[0]
-        source = FileSource(path)
-        return Sending(receive(members.workers, source), lambda: ray.put(source))
+        sent = self.send_into_sink(learners, version)
+        return self.passed_on(members, sent["learner-0"], sent, version)
 
 
 @dataclass
@@ -62,8 +59,8 @@ class FileSink:
 
     def take(
         self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
-    ) -> str:
-        """Write the file under another name, then give it its own; returns that."""
+    ) -> FileSource:
+        """Write the file under another name, then give it its own."""
         running, total = RunningChecksum(), 0
         for piece in pieces:
             total = running.add(piece)
@@ -85,7 +82,7 @@ class FileSink:
         for old in self.kept[:-2]:
             old.unlink(missing_ok=True)
         del self.kept[:-2]
-        return str(path)
+        return FileSource(str(path))
 
     def close(self) -> None:
         """Remove the files."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.rollout.pool import Membership
-from apr_ray.weights.transport import Sending, Transport, receive, wait_for_all
+from apr_ray.weights.transport import Sending, Transport
 
 
 class ObjectStoreTransport(Transport):
@@ -14,6 +14,5 @@ class ObjectStoreTransport(Transport):
 
     def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """See `Transport.send`."""
-        update, calls = learners.weights(version)
-        wait_for_all(calls, self.config.timeout_s, f"the sync of weights {version}")
-        return Sending(receive(members.workers, update), lambda: update)
+        update, sent = learners.weights(version)
+        return self.passed_on(members, update, sent, version)

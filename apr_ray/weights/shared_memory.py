@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.shared_buffer import MemorySource, memory_source, new_shared
 from apr_ray.model.state import RunningChecksum
 from apr_ray.rollout.pool import Membership
-from apr_ray.weights.transport import Sending, Transport, receive, wait_for_all
+from apr_ray.weights.transport import Sending, Transport
 
 
 class SharedMemoryTransport(Transport):
@@ -24,9 +23,8 @@ class SharedMemoryTransport(Transport):
         """See `Transport.send`."""
         if self.opened is not learners:
             self.open_sink(learners, MemorySink())
-        calls = self.send_into_sink(learners, version)
-        source = wait_for_all(calls, self.config.timeout_s, f"the sync of weights {version}")[0]
-        return Sending(receive(members.workers, source), lambda: ray.put(source))
+        sent = self.send_into_sink(learners, version)
+        return self.passed_on(members, sent["learner-0"], sent, version)
 
 
 @dataclass

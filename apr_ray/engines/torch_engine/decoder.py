@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from apr_ray.core.errors import AprError
+from apr_ray.core.weights import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,6 @@ class DecoderShape:
         return {name: shape for stack in self.stacks() for name, shape in stack.items()}
 
 
-def _padded(numbers: int) -> int:
-    """So that what follows begins at a cache line, for any dtype."""
-    return -(-numbers // 64) * 64
-
-
 def require_plain_llama(config: Mapping[str, Any], checkpoint: str) -> None:
     """Raise AprError for a checkpoint that `Decoder` would compute otherwise than it was trained."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -120,6 +116,13 @@ class Span:
     even: bool
 
 
+def _stacked(whole: torch.Tensor, specs: Sequence[TensorSpec]) -> torch.Tensor:
+    """Parameters one below the other: a view where they lie so, which is how `transformers` orders them."""
+    if all(after.offset == before.offset + before.size for before, after in itertools.pairwise(specs)):
+        return whole[specs[0].offset : specs[-1].offset + specs[-1].size].view(-1, *specs[0].shape[1:])
+    return torch.cat([whole[spec.offset : spec.offset + spec.size].view(spec.shape) for spec in specs])
+
+
 class Decoder:
     """Weights and KV slots of one model; `forward` appends tokens to slots, between `allocate` and `free`.
 
@@ -141,7 +144,8 @@ class Decoder:
         self.dtype = dtype
         self.by_numpy = device == "cpu" and dtype == torch.float32
         """Whether memory is numpy's: it takes huge pages where the system has them, and writes KV thrice as fast."""
-        self.weights: torch.Tensor | None = None
+        self.flat: np.ndarray[Any, Any] | None = None
+        self.spare: np.ndarray[Any, Any] | None = None
         self.kv_size = (shape.layers, slots, 2 * shape.kv_heads, context, shape.head_size)
         self.allocate()
         half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
@@ -171,35 +175,29 @@ class Decoder:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take over weights by Hugging Face names, all or, where memory does not suffice, none; the caller has checked
-        them. On a CPU they are copied to where the last ones lie."""
-        if self.by_numpy and self.weights is not None:
-            flat = self.weights
-        else:
-            flat = self._empty(sum(_padded(sum(map(math.prod, stack.values()))) for stack in self.shape.stacks()))
-        matrices, begin = [], 0
-        for stack in self.shape.stacks():
-            end = begin
-            for name, shape in stack.items():
-                into, end = flat[end : end + math.prod(shape)].view(shape), end + math.prod(shape)
-                if self.by_numpy:
-                    np.copyto(into.numpy(), state[name])
-                else:
-                    into.copy_(torch.tensor(state[name]))  # a copy, as the source may be read-only
-            matrices.append(flat[begin:end].view(-1, *shape[1:]))
-            begin += _padded(end - begin)
-        self.weights = flat
+    def room(self) -> np.ndarray[Any, Any] | None:
+        """Memory to put the next weights into, where they are computed with where they lie: float32 [n], that of the
+        weights before the present ones. None where `load` copies them."""
+        if self.by_numpy and self.spare is None:
+            self.spare = np.empty(sum(map(math.prod, self.shape.parameter_shapes().values())), dtype=np.float32)
+        return self.spare
+
+    def load(self, flat: np.ndarray[Any, Any], layout: Sequence[TensorSpec]) -> None:
+        """Take over weights, all or, where memory does not suffice, none; the caller has checked them.
+
+        Args:
+            flat: float32 [n]; where `room` gives memory it is computed with where it lies, so it must stay as it is.
+            layout: what is where in it.
+        """
+        whole = torch.from_numpy(flat) if self.by_numpy else torch.tensor(flat, dtype=self.dtype, device=self.device)
+        spec_of = {spec.name: spec for spec in layout}
+        matrices = [_stacked(whole, [spec_of[name] for name in stack]) for stack in self.shape.stacks()]
+        if self.by_numpy:
+            self.flat, self.spare = flat, self.flat
         self.embed, *rest = matrices
         self.head = self.embed if self.shape.tied else rest.pop()
         self.final_norm = rest.pop()
         self.layers = [tuple(rest[i : i + 6]) for i in range(0, len(rest), 6)]
-
-    def _empty(self, numbers: int) -> torch.Tensor:
-        """Memory for weights."""
-        if self.by_numpy:
-            return torch.from_numpy(np.empty(numbers, dtype=np.float32))
-        return torch.empty(numbers, dtype=self.dtype, device=self.device)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of one slot's KV to another."""

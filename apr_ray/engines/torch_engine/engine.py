@@ -19,13 +19,13 @@ import torch
 
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, EngineAsleep
-from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, require_plain_llama
 from apr_ray.engines.torch_engine.rows import Rows, Running
 from apr_ray.engines.torch_engine.sampler import sample
 from apr_ray.model.llama import load_weights, read_config
-from apr_ray.model.state import check_update
+from apr_ray.model.state import check_update, flatten
 
 FIRST_VERSION = WeightVersion(0, 0)
 PROBED_TOKENS = 16
@@ -80,9 +80,10 @@ class TorchEngine:
         slots = max_sequences + cache_slots
         self.decoder = Decoder(shape, slots, self.context_tokens, device, getattr(torch, dtype))
         self.rows = Rows(self.decoder, max_sequences, self.context_tokens)
-        self.decoder.load(state)
-        self.version = version
         self.expected = shape.parameter_shapes()
+        layout = layout_of(self.expected.items())
+        self.decoder.load(flatten(state, layout), layout)
+        self.version = version
         self.on_death = on_death
         self.asleep = False
         self.waiting: list[tuple[int, int, Running]] = []
@@ -152,14 +153,17 @@ class TorchEngine:
                 running.abort = True
 
     async def update_weights(self, update: WeightUpdate, *, keep_kv: bool = False) -> None:
-        """See `core.engine.Engine.update_weights`. Decoding goes on during the check, which takes most of the time."""
+        """See `core.engine.Engine.update_weights`. Decoding goes on during all but an exchange of pointers (on a GPU,
+        the copy to it): the update is checked and copied beside the weights that run, whose memory the next one gets.
+        """
         async with self._updating:
             if self.asleep:
                 raise EngineAsleep
-            await asyncio.to_thread(check_update, update, self.expected, self.version)
+            room = self.decoder.room()
+            await asyncio.to_thread(check_update, update, self.expected, self.version, room)
             for running in self.rows.active:
                 self._flush(running)  # a chunk never spans two versions
-            self.decoder.load(update.state_dict())
+            self.decoder.load(update.flat if room is None else room, update.specs)
             self.version = update.version
             self.rows.weights_changed(keep_kv)
             if not keep_kv:
