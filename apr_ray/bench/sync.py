@@ -56,8 +56,9 @@ def run(
     """`ratio`: a flat broadcast's median over that of the default transport, at the last size (the goal is 0.5).
 
     A transport packs, sends (`send_ms` is until then), checks and applies; the broadcast, between the same processes
-    over gloo, and one call per tensor only send (`of_per_tensor_send` compares sending alone). `stall` is by how much longer running requests take when one update comes in: the check
-    beside them, the copy, and computing their KV again; a median of differences.
+    over gloo, and one call per tensor only send (`of_per_tensor_send` compares sending alone). `stall` is by how much
+    longer running requests take when one update comes in: the check beside them, the copy, and computing their KV
+    again; a median of differences.
     """
     for size in sizes:
         if size not in SIZES:
