@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.llama import load_policy
-from apr_ray.model.shared_buffer import MemorySource, memory_source, new_shared
+from apr_ray.model.shared_buffer import MemorySource, memory_source, name_of, new_shared, open_shared
 from apr_ray.model.state import (
     CACHED_NUMBERS,
     RunningChecksum,
@@ -253,6 +254,21 @@ def test_memory_that_is_sent_again_leaves_the_version_before_alone() -> None:
     for number, source in enumerate(sources, start=1):
         assert source is not None
         assert set(source.fetch().flat.tolist()) == {float(number)}
+
+
+def test_memory_is_mapped_once_and_of_many_the_last_two_stay_mapped() -> None:
+    owned = [new_shared(8) for _ in range(3)]
+    a, b, c = (name for name in map(name_of, owned) if name)
+    of_a, of_b = open_shared(a), open_shared(b)
+    assert open_shared(a) is of_a
+    of_c = open_shared(c)  # now b is the one that was not asked for longest
+    assert open_shared(a) is of_a
+    assert open_shared(c) is of_c
+    assert open_shared(b) is not of_b
+    owned[2][:] = 7
+    assert of_c.tolist() == [7] * 8
+    with pytest.raises(OSError, match="is not that array"):
+        open_shared(replace(c, inode=a.inode))
 
 
 def test_without_a_successor_the_sync_fails_and_the_others_keep_their_version(

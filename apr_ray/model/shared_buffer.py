@@ -51,6 +51,12 @@ def name_of(flat: np.ndarray[Any, Any]) -> SharedName | None:
     return SharedName(os.getpid(), descriptor, os.fstat(descriptor).st_ino, flat.size)
 
 
+KEPT_MAPPINGS = 2
+_mappings: dict[int, np.ndarray[Any, Any]] = {}
+"""By inode, the last ones opened: to map 50 MB anew costs as much as to read them, and weights come into two buffers by
+turns. What is mapped lives, so its inode is nobody else's."""
+
+
 def open_shared(name: SharedName) -> np.ndarray[Any, Any]:
     """Map another process's array; nothing is copied.
 
@@ -62,7 +68,15 @@ def open_shared(name: SharedName) -> np.ndarray[Any, Any]:
     if (found.st_ino, found.st_size) != (name.inode, 4 * name.numbers):
         os.close(descriptor)
         raise OSError(f"descriptor {name.descriptor} of process {name.process} is not that array")
-    return _mapped(descriptor, name.numbers)
+    flat = _mappings.pop(name.inode, None)
+    if flat is None:
+        flat = _mapped(descriptor, name.numbers)
+    else:
+        os.close(descriptor)
+    _mappings[name.inode] = flat
+    while len(_mappings) > KEPT_MAPPINGS:
+        del _mappings[next(iter(_mappings))]
+    return flat
 
 
 @dataclass(frozen=True)
