@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,13 @@ REASON_WIDTH = 200
 @contextmanager
 def lasting_imports() -> Iterator[None]:
     """In an actor, around the imports of its start: nothing that they make is garbage, so nothing looks for any, then
-    or later. It takes a sixth off the imports of torch, transformers and DeepSpeed."""
+    or later. It takes a sixth off the imports of torch, transformers and DeepSpeed.
+
+    What is imported inside, torch first of all, uses one OpenMP thread: actors share their machine's cores. This is
+    said here because for a `runtime_env` Ray starts every actor a process of its own, at half a second each, and those
+    that it keeps ready go unused.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
     gc.disable()
     try:
         yield

@@ -6,6 +6,7 @@ What real actors do, `test_deaths.py`, `test_weights.py` and `test_spread.py` sh
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from apr_ray.config import WeightsConfig
 from apr_ray.core.errors import AprError, PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.weights import WeightVersion
+from apr_ray.parts import lasting_imports
 from apr_ray.rollout import pool as pool_module
 from apr_ray.rollout.pool import Membership, RolloutPool, Worker
 from apr_ray.weights import transport as transport_module
@@ -283,3 +285,9 @@ def test_a_worker_that_hangs_is_named_whoever_dies_beside_it(data: st.DataObject
         with pytest.raises(SyncFailed, match=f"{hanging.name} did not answer within"):
             broadcast(pool, 1)
         assert all(worker.actor.version == 0 for worker in pool.members)
+
+
+def test_what_an_actor_imports_uses_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with lasting_imports():
+        assert os.environ["OMP_NUM_THREADS"] == "1"

@@ -106,11 +106,7 @@ def replaying_pool(recording: Recording, checkpoint: str, workers: int, fan_out:
     """A pool whose engines take the recorded tokens."""
     rollout = recording.config.rollout.model_copy(update={"fan_out": fan_out})
     config = recording.config.model_copy(update={"rollout": rollout})
-    options = {
-        "num_cpus": rollout.cpus_per_worker,
-        "max_concurrency": calls_at_once(config),
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
-    }
+    options = {"num_cpus": rollout.cpus_per_worker, "max_concurrency": calls_at_once(config)}
     replies = ray.put(recording.replies)
     actors: list[Any] = [
         ray.remote(ReplayWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}", replies)

@@ -169,7 +169,7 @@ def _one_size(config: Config, repeats: int) -> dict[str, float]:
 
 
 def _workers(config: Config, checkpoint: str) -> list[Any]:
-    options = {"num_cpus": 0.5, "max_concurrency": 64, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+    options = {"num_cpus": 0.5, "max_concurrency": 64}
     workers: list[Any] = [
         ray.remote(TimedWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}") for i in range(ENGINES)
     ]

@@ -101,7 +101,6 @@ def _worker(config: Config, checkpoint: str) -> Any:
         "num_cpus": 0.5,
         "num_gpus": 1 if config.engine.device == "cuda" else 0,
         "max_concurrency": calls_at_once(config),
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
     }
     worker: Any = ray.remote(TreesWorker).options(**options).remote(config, checkpoint, "worker-00")
     ray.get(worker.join.remote(None))

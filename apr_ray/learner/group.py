@@ -45,11 +45,10 @@ class LearnerGroup:
     def start(cls, config: Config, optimizer: OptimizerConfig, init_from: str | None = None) -> LearnerGroup:
         """Wait for room, start the ranks and let them meet. Where that fails, nothing is left."""
         learner: LearnerConfig = config.learner
-        options = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
         group = cls([], learner.zero_stage, learner_places(config))
         try:
             for rank in range(learner.ranks):
-                actor = ray.remote(LearnerActor).options(**options, **group.places.options(rank))
+                actor = ray.remote(LearnerActor).options(**group.places.options(rank))
                 group.actors.append(actor.remote(config, optimizer, init_from, rank))
             group.places.wait()
             group.logs = group._all([actor.log.remote() for actor in group.actors])

@@ -38,7 +38,6 @@ class RewardClient:
             "num_cpus": REWARD_CPUS,
             "max_restarts": RESTARTS,  # it holds nothing, so Ray may start it anew and ask again
             "max_task_retries": RESTARTS,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
         }
         self.actor: Any = ray.remote(RewardActor).options(**options).remote(task)
 

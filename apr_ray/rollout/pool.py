@@ -136,13 +136,10 @@ class RolloutPool:
         """
         rollout = config.rollout
         places = worker_places(config, beside)
-        options = {
-            "max_concurrency": calls_at_once(config),
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
-        }
+        concurrency = calls_at_once(config)
 
         def hire(name: str, place: int) -> Any:
-            worker = ray.remote(RolloutWorker).options(**options, **places.options(place))
+            worker = ray.remote(RolloutWorker).options(max_concurrency=concurrency, **places.options(place))
             return worker.remote(config, checkpoint, name, place)
 
         spread, longest_s = rollout.fan_out == "spread", config.bounds.max_seconds
