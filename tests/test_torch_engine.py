@@ -21,6 +21,7 @@ from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingPa
 from apr_ray.core.errors import AprError, EngineAsleep, WeightsRejected
 from apr_ray.core.weights import WeightVersion, layout_of
 from apr_ray.engines.torch_engine import TorchEngine
+from apr_ray.engines.torch_engine import engine as engine_module
 from apr_ray.engines.torch_engine import rows as rows_module
 from apr_ray.engines.torch_engine.sampler import Sampling, sample, uniforms
 from apr_ray.model.llama import load_policy, load_weights
@@ -482,3 +483,18 @@ def test_a_checkpoint_is_read_as_transformers_reads_it_and_a_broken_one_is_named
     (broken / "model.safetensors").unlink()
     with pytest.raises(AprError, match=r"model\.safetensors is missing"):
         TorchEngine.from_checkpoint(broken)
+
+
+def test_an_idle_engine_waits_for_what_comes_one_by_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "GATHER_S", 0.1)  # however busy the machine is
+    engine = engine_of(checkpoint)
+
+    async def one_by_one() -> None:
+        tasks = []
+        for number in range(4):
+            tasks.append(asyncio.create_task(collect(engine, request(f"r{number}", [5], 3))))
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(one_by_one())
+    assert engine.stats().steps == 3

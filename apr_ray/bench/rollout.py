@@ -21,7 +21,7 @@ from apr_ray.bench.recording import (
     thread_sums,
 )
 from apr_ray.bench.sync import private_ray
-from apr_ray.bench.timing import REPEATS, Result, in_turn
+from apr_ray.bench.timing import REPEATS, Result, all_in_turn, in_turn
 from apr_ray.config import Config
 from apr_ray.core.engine import Engine
 from apr_ray.core.errors import AprError
@@ -42,7 +42,8 @@ def run(
     checkpoint: str | None = None,
     alone_trees: int = 24,
 ) -> Result:
-    """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime.
+    """`ratio`: seconds of the engine alone, calls and their order given, over those of pool, actor and runtime; the
+    median over turns, of which each holds both, as a machine may be a third slower half a minute later.
 
     256 recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own (`bench.trees`).
     The latency of a tree is measured on the first `alone_trees`, one at a time.
@@ -69,12 +70,13 @@ def run(
         def alone() -> None:
             made["alone"] = ray.get(pool.workers[0].replay.remote(recording.trees, config.rollout.concurrent_trees))
 
-        times = in_turn({"pool": ours, "alone": alone}, repeats)
+        taken = all_in_turn({"pool": ours, "alone": alone}, repeats)
         pool.stop()
         latency = lane_latency_s(recording, f"{folder}/policy", alone_trees, min(repeats, LATENCY_TURNS))
+    times = {name: statistics.median(seconds) for name, seconds in taken.items()}
     waits = join_waits_s(made["trees"])
     return {
-        "ratio": times["alone"] / times["pool"],
+        "ratio": statistics.median(a / p for a, p in zip(taken["alone"], taken["pool"], strict=True)),
         "pool_tokens_per_s": recording.sampled_tokens / times["pool"],
         "engine_alone_tokens_per_s": recording.sampled_tokens / times["alone"],
         "trees": float(len(recording.trees)),

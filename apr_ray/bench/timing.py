@@ -27,7 +27,12 @@ def turns(title: str, count: int) -> Iterator[int]:
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
-    """Median seconds of each work, after one warm-up, taken in turn (A B C A B C …)."""
+    """Median seconds of each work; see `all_in_turn`."""
+    return {name: statistics.median(taken) for name, taken in all_in_turn(works, repeats).items()}
+
+
+def all_in_turn(works: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, list[float]]:
+    """Seconds of each work, after one warm-up, taken in turn (A B C A B C …)."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in turns(", ".join(works), repeats + 1):
         for name, work in works.items():
@@ -35,7 +40,7 @@ def in_turn(works: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -
             work()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
