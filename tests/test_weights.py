@@ -25,7 +25,8 @@ from apr_ray.core.batch import TrainSequence, lay_out
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import ConfigError, PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.ledger import ThreadTree
-from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of, pieces_of
+from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
+from apr_ray.learner.actor import LearnerActor
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.llama import load_policy
 from apr_ray.model.shared_buffer import MemorySource, memory_source, name_of, new_shared, open_shared
@@ -244,6 +245,38 @@ def test_a_worker_that_holds_the_current_version_joins_with_it(pool: RolloutPool
     before = versions(pool)
     ray.get(pool.workers[0].join.remote(held))
     assert versions(pool) == before
+
+
+@pytest.mark.parametrize("fails", ["room", "take"])
+def test_rank_0_gathers_to_the_end_even_where_its_sink_fails(fails: str) -> None:
+    """Or the other ranks would wait for it in their gathering."""
+    gathered: list[int] = []
+
+    class Gathering:
+        def layout(self) -> tuple[TensorSpec, ...]:
+            return LAYOUT
+
+        def weight_pieces(self, numbers: int, flat: Any = None) -> Iterator[np.ndarray[Any, Any]]:
+            for piece in pieces(np.zeros(NUMBERS, dtype=np.float32) if flat is None else flat, numbers):
+                gathered.append(piece.size)
+                yield piece
+
+    class Full(MemorySink):
+        def room(self, layout: tuple[TensorSpec, ...], version: WeightVersion) -> np.ndarray[Any, Any]:
+            if fails == "room":
+                raise MemoryError("no room")
+            return super().room(layout, version)
+
+        def take(self, layout: Any, pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion) -> None:
+            next(pieces)
+            raise MemoryError("no room")
+
+    actor = LearnerActor.__new__(LearnerActor)
+    actor.trainer = Gathering()  # type: ignore[assignment]
+    actor.sinks = {"full": Full()}
+    with pytest.raises(MemoryError):
+        actor.send_weights("full", FIRST, 1)
+    assert sum(gathered) == NUMBERS
 
 
 def test_memory_that_is_sent_again_leaves_the_version_before_alone() -> None:

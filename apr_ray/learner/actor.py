@@ -122,9 +122,13 @@ class LearnerActor:
     def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> Any:
         """Rank 0 sends; the others only take part in gathering, to the end even where sending fails."""
         sink, layout = self.sinks.get(name), self.trainer.layout()
-        pieces = self.trainer.weight_pieces(piece_numbers, sink.room(layout, version) if sink else None)
+        pieces = self.trainer.weight_pieces(piece_numbers)
         try:
-            return sink.take(layout, pieces, version) if sink else None
+            if sink is None:
+                return None
+            if (room := sink.room(layout, version)) is not None:
+                pieces = self.trainer.weight_pieces(piece_numbers, room)
+            return sink.take(layout, pieces, version)
         finally:
             for _ in pieces:
                 pass
