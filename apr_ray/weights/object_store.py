@@ -9,8 +9,8 @@ from apr_ray.weights.transport import Sending, Transport
 
 
 class ObjectStoreTransport(Transport):
-    """Elastic: a worker needs nothing but the reference. A whole copy of the weights lies at rank 0 meanwhile, and one
-    per node that has workers."""
+    """Elastic: a worker needs nothing but the reference. Rank 0 keeps a whole copy of the weights from sync to sync;
+    one more lies on each node that has workers."""
 
     def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """See `Transport.send`."""
