@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from apr_ray.bench import BENCHES, Result, run_bench
+from apr_ray.bench.recording import fresh_policy, record
 from apr_ray.core.errors import AprError
+from apr_ray.model.llama import save_policy
+from apr_ray.tasks.registry import load_task
 
 
 def numbers(result: Result, *names: str) -> list[float]:
@@ -18,7 +23,7 @@ def numbers(result: Result, *names: str) -> list[float]:
 def test_an_unknown_bench_is_refused() -> None:
     with pytest.raises(AprError, match=", ".join(BENCHES)):
         run_bench("nope")
-    with pytest.raises(AprError, match=r"bench oracle has no --trees\. It takes --repeats"):
+    with pytest.raises(AprError, match=r"bench oracle takes no --trees\. It takes --repeats"):
         run_bench("oracle", trees=4, sizes=(), repeats=None)
 
 
@@ -117,3 +122,19 @@ def test_a_step_is_broken_down_whole(ray_local: None) -> None:
     assert sum(shares) == pytest.approx(1)
     assert min(shares) >= 0
     assert float(result["delta_logprob_mean"]) < 1e-3
+
+
+def test_the_engine_of_the_gpu_bench_says_what_transformers_says(tmp_path: Path) -> None:
+    from apr_ray.bench import gpu
+
+    small = ("model.hidden_size=64", "model.layers=2", "model.heads=2", "model.ffn_size=48", "engine.dtype=float32")
+    config = gpu._config((*small, "engine.device=cpu", "rollout.gpus_per_worker=0", "weights.transport=shared_memory"))
+    save_policy(fresh_policy(config), load_task(config.task).tokenizer(), config.task, tmp_path)
+    trees = record(4, config).trees
+    exact, rough = (
+        {key: value for part in gpu._engine(config, dtype, trees, str(tmp_path)) for key, value in part.items()}
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < exact["engine_float32_max_delta_logprob"] < 1e-4  # type: ignore[operator]
+    assert exact["engine_float32_max_delta_logprob"] < rough["engine_bfloat16_max_delta_logprob"]  # type: ignore[operator]
+    assert rough["engine_1_trees_tokens_per_s"] > 0  # type: ignore[operator]

@@ -32,9 +32,11 @@ from apr_ray.model.llama import load_policy
 from apr_ray.model.shared_buffer import MemorySource, memory_source, name_of, new_shared, open_shared
 from apr_ray.model.state import (
     CACHED_NUMBERS,
+    GOLDEN,
     RunningChecksum,
     check_update,
     checksum,
+    checksum_of_tensor,
     pack_weights,
     trainable_parameters,
 )
@@ -45,6 +47,7 @@ from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.threads.runtime import TreeRequest
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.collective import CollectiveSink, CollectiveSource, CollectiveTransport, Group, Place
+from apr_ray.weights.cuda_ipc import CudaIpcTransport, GpuSource
 from apr_ray.weights.disk import FileSink, FileSource
 from apr_ray.weights.registry import build_transport
 from apr_ray.weights.shared_memory import MemorySink
@@ -475,6 +478,45 @@ def test_one_pass_sees_every_number(numbers: int, value: float, at: float) -> No
     else:
         with pytest.raises(WeightsRejected, match="all holds a number that is not finite"):
             check_update(update, {"all": (numbers,)}, WeightVersion(0, 0))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9), st.integers(1, 4))
+def test_a_tensor_is_checked_and_copied_on_its_device(numbers: list[float], summed: int) -> None:
+    """What a GPU does to an update, on the CPU, by pieces of any size."""
+    flat = torch.tensor(numbers, dtype=torch.float32)
+    bits = flat.view(torch.int32).tolist()
+    expected = sum((place * GOLDEN % 2**64 | 1) * each for place, each in enumerate(bits)) % 2**64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apr_ray.model.state.SUMMED_NUMBERS", summed)
+        assert checksum_of_tensor(flat) % 2**64 == expected
+    shapes = {"all": (len(numbers),)}
+    update = WeightUpdate(FIRST, layout_of(shapes.items()), flat, checksum_of_tensor(flat))
+    copied = torch.empty_like(flat)
+    if flat.isfinite().all():
+        check_update(update, shapes, WeightVersion(0, 0), copied)
+        assert torch.equal(copied, flat)
+    else:
+        with pytest.raises(WeightsRejected, match="all holds a number that is not finite"):
+            check_update(update, shapes, WeightVersion(0, 0), copied)
+    with pytest.raises(WeightsRejected, match="checksum is wrong"):
+        check_update(replace(update, checksum=update.checksum + 1), shapes, WeightVersion(0, 0))
+    with pytest.raises(WeightsRejected, match="the buffer is float64 with 1 dimensions"):
+        check_update(replace(update, flat=flat.double()), shapes, WeightVersion(0, 0))
+
+
+def test_weights_on_a_gpu_are_refused_where_that_gpu_is_not() -> None:
+    with pytest.raises(SyncFailed, match=r"lie on GPU GPU-7, this worker computes on .* parts that share a GPU"):
+        GpuSource("GPU-7", (), LAYOUT, FIRST, 0).fetch()
+    chosen = ["weights.transport=cuda_ipc", "learner.gpus_per_rank=0.5"]
+    gpu = ["engine.device=cuda", "rollout.gpus_per_worker=0.5"]
+    for given_, missing in (
+        (chosen, r"engine\.name is torch, rollout\.gpus_per_worker 0"),
+        ([*chosen, *gpu, "engine.name=vllm"], r"engine\.name is vllm"),
+        ([*chosen[:1], *gpu], r"learner\.gpus_per_rank is 0"),
+    ):
+        with pytest.raises(ConfigError, match=missing):
+            load_config([], given_)
+    assert isinstance(build_transport(load_config([], [*chosen, *gpu]).weights), CudaIpcTransport)
 
 
 def test_a_file_is_complete_when_it_has_its_name_and_old_ones_go(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def run_bench(name: str, **options: Any) -> Result:
         name: which.
         options: those of its `run` that the command names; None and () are left out. `engine` puts a real engine in
             place of the embedded one, over the policy `checkpoint`; `sizes` are of `sync.SIZES`; `trees` are recorded
-            ones; `repeats` are turns of each side.
+            ones; `repeats` are turns of each side; `overrides` are of the config.
 
     Raises:
         AprError: the bench is unknown, does not take what was given, or lacks the engine or the policy.
@@ -39,8 +39,9 @@ def run_bench(name: str, **options: Any) -> Result:
     known = inspect.signature(bench.run).parameters.keys()
     given = {key: value for key, value in options.items() if value}
     if unknown := sorted(given.keys() - known):
-        takes = [f"--{key}" for key in options if key in known]
-        raise AprError(f"bench {name} has no --{unknown[0]}", f"It takes {', '.join(takes) or 'no such option'}")
+        flags = {key: "overrides" if key == "overrides" else f"--{key}" for key in options}
+        takes = [flag for key, flag in flags.items() if key in known]
+        raise AprError(f"bench {name} takes no {flags[unknown[0]]}", f"It takes {', '.join(takes) or 'nothing'}")
     if engine := given.get("engine"):  # before a Ray is started
         require_engine(parse_config({"engine": {"name": engine}}).engine)
     if checkpoint := given.get("checkpoint"):

@@ -1,7 +1,8 @@
-"""The embedded engine and the learner on one GPU: their numbers against float32, then their speed.
+"""An engine and the learner on one GPU: their numbers against float32, then their speed.
 
 `ratio` is the learner's share, in bfloat16, of what a square product reaches on the same GPU: its utilisation on the
-paper's model of 228 M parameters. Every part's numbers are also written to stderr as soon as they are known.
+paper's model of 228 M parameters. Of SGLang only the engine's part is run, and `ratio` is its speed at the most trees
+over that of one. Every part's numbers are also written to stderr as soon as they are known.
 """
 
 from __future__ import annotations
@@ -10,59 +11,79 @@ import asyncio
 import gc
 import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import torch
 
 from apr_ray.bench.learner import RATE, STEP, batch_of, free_port, step_flops
-from apr_ray.bench.recording import fresh_policy, fresh_weights, record
+from apr_ray.bench.recording import fresh_policy, record, replay_trees
 from apr_ray.bench.timing import Result, in_fresh_process, turns
 from apr_ray.config import Config, OptimizerConfig, load_config
-from apr_ray.core.engine import GenerateRequest, SamplingParams
+from apr_ray.core.engine import Engine, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import ThreadTree
-from apr_ray.engines.torch_engine import TorchEngine
+from apr_ray.core.weights import WeightVersion
+from apr_ray.engines.registry import build_engine
 from apr_ray.learner.device import init_process_group
 from apr_ray.learner.trainer import Trainer
+from apr_ray.model.llama import load_policy, save_policy
+from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rl.losses import token_logprobs
+from apr_ray.tasks.registry import load_task
 
 PAPER_MODEL = (
     *("model.hidden_size=1024", "model.layers=18", "model.heads=16", "model.ffn_size=2752"),
     "learner.micro_batch_tokens=16384",  # activations of more would not fit beside float32's
 )
-SEQUENCES = (1, 8, 64, 256, 512)
-NEW_TOKENS = 100
+CONCURRENT = (1, 8, 64, 256, 512)
+"""Trees at the same time."""
+LEAST_TREES = 4
+"""Of a turn."""
+LEARNER_TREES = 64
+COMPARED, NEW_TOKENS = 16, 100
+"""Prompts, and tokens after each, whose logprobs are compared."""
 
 
-def run(learner_trees: int = 64, sequences: Sequence[int] = SEQUENCES, repeats: int = 2) -> Result:
-    """See the module. One GPU, one learner rank; trees of four numbers by the solver, with its lengths; the engine's
-    model has 14 M parameters (preset `four-numbers`)."""
+def run(engine: str = "torch", overrides: tuple[str, ...] = (), trees: int = 512, repeats: int = 2) -> Result:
+    """See the module. One GPU, one learner rank; trees of four numbers by the solver, with its lengths.
+
+    Args:
+        engine: torch or sglang.
+        overrides: of the presets `four-numbers` and `gpu`, whose model of 14 M parameters the engine runs.
+        trees: at most so many at the same time.
+        repeats: of a learner's step.
+    """
     if not torch.cuda.is_available():
         raise AprError(f"bench gpu needs a GPU, torch {torch.__version__} finds none", "Run it where there is one")
-    result: Result = in_fresh_process(_measure, learner_trees, tuple(sequences), repeats)
+    result: Result = in_fresh_process(_measure, engine, overrides, trees, repeats)
     return result
 
 
-def _measure(learner_trees: int, sequences: Sequence[int], repeats: int) -> Result:
+def _measure(engine: str, overrides: Sequence[str], most_trees: int, repeats: int) -> Result:
     torch.set_num_threads(4)
-    small = _config(())
-    trees = record(learner_trees, small).trees
-    prompts = [call.prompt_ids for call in trees[0].calls + trees[1].calls + trees[2].calls][:16]
-    init_process_group(0, 1, "127.0.0.1", free_port())
-    parts = itertools.chain(
-        _learner(_config(PAPER_MODEL), trees, repeats),
-        (_engine_numbers(small, prompts, dtype) for dtype in ("float32", "bfloat16")),
-        (_engine_speed(small, count) for count in sequences),
-    )
+    config = _config((f"engine.name={engine}", *overrides))
+    trees = record(most_trees, config).trees
     result: Result = {"gpu": torch.cuda.get_device_name()}
-    for part in parts:
-        sys.stderr.write(f"{part}\n")
-        result |= part
-    return {"ratio": result["learner_bf16_share_of_peak"]} | result
+    with tempfile.TemporaryDirectory() as checkpoint:
+        save_policy(fresh_policy(config), load_task(config.task).tokenizer(), config.task, checkpoint)
+        parts: list[Iterator[Result]] = [_engine(config, dtype, trees, checkpoint) for dtype in ("float32", "bfloat16")]
+        if engine == "torch":
+            init_process_group(0, 1, "127.0.0.1", free_port())
+            parts.insert(0, _learner(_config(PAPER_MODEL), trees[:LEARNER_TREES], repeats))
+        for part in itertools.chain(*parts):
+            sys.stderr.write(f"{part}\n")
+            result |= part
+    if engine == "torch":
+        return {"ratio": result["learner_bf16_share_of_peak"]} | result
+    most = max(number for number in CONCURRENT if number <= most_trees)
+    many, one = (float(result[f"engine_{number}_trees_tokens_per_s"]) for number in (most, 1))
+    return {"ratio": many / one} | result
 
 
 def _config(overrides: Sequence[str]) -> Config:
@@ -70,56 +91,68 @@ def _config(overrides: Sequence[str]) -> Config:
     return load_config([str(presets / "four-numbers.yaml"), str(presets / "gpu.yaml")], overrides)
 
 
-# --- the embedded engine ----------------------------------------------------------------------------------------------
+# --- the engine -------------------------------------------------------------------------------------------------------
 
 
-def _decode(config: Config, dtype: str, prompts: Sequence[Sequence[int]], tokens: int, repeats: int) -> _Decoded:
-    """Every prompt at once, `repeats` times over, once more to warm up."""
+def _engine(config: Config, dtype: str, trees: Sequence[ThreadTree], checkpoint: str) -> Iterator[Result]:
+    """What the engine says of tokens that it drew, against transformers in float32 on the CPU; then, in bfloat16, its
+    sampled tokens/s at so many thread trees at the same time."""
     gc.collect()  # of the one before, whose KV takes much
     torch.cuda.empty_cache()
-    engine = TorchEngine(*fresh_weights(config), max_sequences=len(prompts), cache_slots=0, device="cuda", dtype=dtype)
+    engine = build_engine(config.engine.model_copy(update={"dtype": dtype}), checkpoint)
+    with asyncio.Runner() as loop:  # an engine is used from one loop
+        prompts = [call.prompt_ids for tree in trees[:4] for call in tree.calls][:COMPARED]
+        policy: Any = load_policy(checkpoint)
+        policy.eval()
+        differences = compared(loop.run(_decode(engine, prompts)), prompts, policy)
+        yield {
+            f"engine_{dtype}_mean_delta_logprob": float(np.mean(differences)),
+            f"engine_{dtype}_max_delta_logprob": float(np.max(differences)),
+        }
+        for concurrent in CONCURRENT if dtype == "bfloat16" else ():
+            if concurrent <= len(trees):
+                yield loop.run(_speed(engine, policy, trees[: max(concurrent, LEAST_TREES)], concurrent))
+        loop.run(engine.close())
 
-    async def one(name: str, prompt: Sequence[int]) -> tuple[list[int], list[float]]:
-        sampling = SamplingParams(max_new_tokens=tokens, seed=len(prompt))
-        chunks = [chunk async for chunk in engine.generate(GenerateRequest(name, tuple(prompt), sampling))]
+
+async def _decode(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], list[float]]]:
+    """Ids and logprobs that follow each prompt, all decoded at once."""
+
+    async def one(number: int, prompt: Sequence[int]) -> tuple[list[int], list[float]]:
+        sampling = SamplingParams(max_new_tokens=NEW_TOKENS, seed=number)
+        request = GenerateRequest(f"compared-{number:04d}", tuple(prompt), sampling)
+        chunks = [chunk async for chunk in engine.generate(request)]
         return [i for c in chunks for i in c.token_ids], [lp for c in chunks for lp in c.logprobs]
 
-    async def all_of_them(turn: int) -> list[tuple[list[int], list[float]]]:
-        return list(await asyncio.gather(*(one(f"{turn}-{n:04d}", p) for n, p in enumerate(prompts))))
-
-    asyncio.run(all_of_them(0))
-    start, drawn = time.perf_counter(), []
-    for turn in range(repeats):
-        drawn = asyncio.run(all_of_them(1 + turn))
-    seconds = time.perf_counter() - start
-    return _Decoded(drawn, repeats * len(prompts) * tokens / seconds)
+    return list(await asyncio.gather(*(one(n, prompt) for n, prompt in enumerate(prompts))))
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    drawn: list[tuple[list[int], list[float]]]
-    tokens_per_s: float
-
-
-def _engine_numbers(config: Config, prompts: Sequence[Sequence[int]], dtype: str) -> Result:
-    """What the engine says of tokens that it drew, against transformers in float32 on the CPU."""
-    policy = fresh_policy(config).eval()
+def compared(
+    drawn: Sequence[tuple[list[int], list[float]]], prompts: Sequence[Sequence[int]], policy: Any
+) -> list[float]:
+    """|Δ logprob| of every token that was drawn, to a policy of transformers."""
     differences: list[float] = []
-    for prompt, (ids, logprobs) in zip(prompts, _decode(config, dtype, prompts, NEW_TOKENS, 1).drawn, strict=True):
+    for prompt, (ids, logprobs) in zip(prompts, drawn, strict=True):
         tokens = torch.tensor([[*prompt, *ids]])
         with torch.no_grad():
             expected = token_logprobs(policy(input_ids=tokens, use_cache=False).logits, tokens)[0, len(prompt) :]
         differences += (expected - torch.tensor(logprobs)).abs().tolist()
+    return differences
+
+
+async def _speed(engine: Engine, policy: Any, trees: Sequence[ThreadTree], concurrent: int) -> Result:
+    """After one turn that warms up. The same weights come as new ones, so that no KV is served from before."""
+    seconds = 0.0
+    for turn in range(2):
+        await engine.update_weights(pack_weights(trainable_parameters(policy), WeightVersion(concurrent, turn)))
+        start = time.perf_counter()
+        await replay_trees(engine, trees, concurrent)
+        seconds = time.perf_counter() - start
+    tokens = sum(tree.total_tokens for tree in trees)
     return {
-        f"engine_{dtype}_mean_delta_logprob": float(np.mean(differences)),
-        f"engine_{dtype}_max_delta_logprob": float(np.max(differences)),
+        f"engine_{concurrent}_trees_tokens_per_s": tokens / seconds,
+        f"engine_{concurrent}_trees_per_s": len(trees) / seconds,
     }
-
-
-def _engine_speed(config: Config, sequences: int) -> Result:
-    """Sampled tokens/s of so many requests at once, all begun together."""
-    prompts = [[2 + (n + k) % 50 for k in range(32)] for n in range(sequences)]
-    return {f"engine_{sequences}_tokens_per_s": _decode(config, "bfloat16", prompts, NEW_TOKENS, 2).tokens_per_s}
 
 
 # --- the learner ------------------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def matmul_peak(size: int = 1024, seconds: float = 1.0) -> float:
 
 
 def _flat(policy: Any) -> np.ndarray[Any, Any]:
-    return pack_weights(trainable_parameters(policy), WeightVersion(0, 0)).flat
+    packed: np.ndarray[Any, Any] = pack_weights(trainable_parameters(policy), WeightVersion(0, 0)).flat
+    return packed
 
 
 def free_port() -> int:

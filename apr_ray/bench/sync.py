@@ -6,6 +6,7 @@ import asyncio
 import logging
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from apr_ray.bench.recording import bench_config, fresh_policy
 from apr_ray.bench.timing import Result, in_turn, turns
@@ -38,6 +40,7 @@ SIZES = {
     "900mb": ("model.hidden_size=1024", "model.layers=18", "model.heads=16", "model.ffn_size=2752"),
 }
 TRANSPORTS = ("object_store", "collective", "shared_memory", "disk")
+ON_A_GPU = ("cuda_ipc",)
 ENGINES = 2
 DECODING = 16
 """Requests that run in each engine while weights come in."""
@@ -52,25 +55,38 @@ def run(
     overrides: tuple[str, ...] = (),
     repeats: int = 15,
     engine: str = "torch",
+    device: str = "cpu",
 ) -> Result:
     """`ratio`: a flat broadcast's median over that of the default transport, at the last size (the goal is 0.5).
 
     A transport packs, sends (`send_ms` is until then), checks and applies; the broadcast, between the same processes
     over gloo, and one call per tensor only send (`of_per_tensor_send` compares sending alone). `stall` is by how much
     longer running requests take when one update comes in: the check beside them, the copy, and computing their KV
-    again; a median of differences.
+    again; a median of differences. With `device` cuda, learner and engines share one GPU; a copy of as many bytes on
+    it, and one to the host, are timed too.
     """
     for size in sizes:
         if size not in SIZES:
             raise AprError(f"unknown size {size!r}", f"Choose of {', '.join(SIZES)}")
     result: Result = {}
+    settings: tuple[str, ...] = ()
     if engine != "torch":
-        overrides = (*overrides, f"engine.name={engine}", "engine.device=cpu", "engine.max_sequences=32")
-        overrides = (*overrides, "engine.kv_tokens=4096")  # of the largest model, 32 contexts take 5 GB
+        settings = (f"engine.name={engine}", f"engine.device={device}", "engine.max_sequences=32")
+        settings = (*settings, "engine.kv_tokens=4096")  # of the largest model, 32 contexts take 5 GB
+    if device not in ("cpu", "cuda"):
+        raise AprError(f"unknown device {device!r}", "Choose cpu or cuda")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise AprError(f"--device cuda: torch {torch.__version__} finds no GPU", "Run it where there is one")
+        settings = (*settings, "engine.device=cuda", "engine.max_sequences=32", "engine.cache_slots=8")
+        settings = (*settings, "rollout.gpus_per_worker=0.3", "learner.gpus_per_rank=0.3")
+    overrides = (*settings, *overrides)
     with private_ray():
         for size in sizes:
             parts = _one_size(bench_config((*SIZES[size], *overrides)), repeats)
-            result |= {f"{name}_{size}": value for name, value in parts.items()}
+            named = {f"{name}_{size}": value for name, value in parts.items()}
+            sys.stderr.write(f"{named}\n")  # the next size takes minutes
+            result |= named
     last = sizes[-1]
     return {
         "ratio": result[f"of_gloo_object_store_{last}"],
@@ -103,7 +119,6 @@ class TimedWorker(RolloutWorker):
     async def receive_flat(self, place: Place, size: int) -> None:
         """One flat broadcast and nothing else."""
         if not hasattr(self, "group"):
-            import torch
             import torch.distributed as dist
 
             self.group = Group(place, dist.TCPStore(*place.address, is_master=False))  # type: ignore[attr-defined]
@@ -118,7 +133,7 @@ class TimedWorker(RolloutWorker):
     async def held_checksum(self) -> int:
         """Of the weights that the engine was given last."""
         assert self.held is not None
-        return checksum(self.held.flat)
+        return checksum(torch.as_tensor(self.held.flat).cpu().numpy())
 
     async def decode_s(self, updates: bool) -> float:
         """Seconds for `DECODING` requests of `DECODED_TOKENS` tokens each.
@@ -169,7 +184,7 @@ def _one_size(config: Config, repeats: int) -> dict[str, float]:
 
 
 def _workers(config: Config, checkpoint: str) -> list[Any]:
-    options = {"num_cpus": 0.5, "max_concurrency": 64}
+    options = {"num_cpus": 0.5, "num_gpus": config.rollout.gpus_per_worker, "max_concurrency": 64}
     workers: list[Any] = [
         ray.remote(TimedWorker).options(**options).remote(config, checkpoint, f"worker-{i:02d}") for i in range(ENGINES)
     ]
@@ -183,11 +198,12 @@ def _timed(
     expected = pack_weights(trainable_parameters(policy), WeightVersion(0, 0)).checksum
     version = WeightVersion(0, 0)
     options = {"folder": f"{folder}/weights"}
+    names = (*TRANSPORTS, *(ON_A_GPU if config.learner.gpus_per_rank else ()))
     transports = {
-        name: build_transport(config.weights.model_copy(update={"transport": name, **options})) for name in TRANSPORTS
+        name: build_transport(config.weights.model_copy(update={"transport": name, **options})) for name in names
     }
 
-    sending: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
+    sending: dict[str, list[float]] = {name: [] for name in names}
 
     def sync(name: str) -> None:
         nonlocal version
@@ -209,7 +225,7 @@ def _timed(
         ray.get([worker.take.remote(i, t) for worker in pool.workers for i, t in enumerate(tensors)])
 
     works: dict[str, Callable[[], object]] = {"gloo": gloo, "per_tensor": per_tensor}
-    works |= {name: partial(sync, name) for name in TRANSPORTS}
+    works |= {name: partial(sync, name) for name in names}
     times = in_turn(works, repeats)
     arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
     without, longer = [], []
@@ -221,7 +237,7 @@ def _timed(
         without.append(max(ray.get([worker.decode_s.remote(False) for worker in pool.workers])))
         longer.append(with_update - without[-1])
     differing = sum(pair != (expected, expected) for pair in arrived)
-    for name in TRANSPORTS:
+    for name in names:
         expected = ray.get(learners.actors[0].__ray_call__.remote(_change_weights))
         sync(name)
         differing += sum(held != expected for held in ray.get([w.held_checksum.remote() for w in pool.workers]))
@@ -238,7 +254,9 @@ def _timed(
         "worker_peak_mb": max(ray.get([worker.peak_mb.remote() for worker in pool.workers])),
         "differing_receivers": float(differing),
     }
-    for name in TRANSPORTS:
+    if config.learner.gpus_per_rank:
+        result |= ray.get(learners.actors[0].__ray_call__.remote(_copies_ms))
+    for name in names:
         result |= {
             f"{name}_ms": 1000 * times[name],
             f"{name}_send_ms": 1000 * sent_s[name],
@@ -249,8 +267,6 @@ def _timed(
 
 
 def _open_baseline(actor: Any, place: Place) -> tuple[str, int]:
-    import torch
-
     update = actor.trainer.weights(WeightVersion(0, 0))
     actor.baseline = CollectiveSink(place)
     actor.flat = torch.from_numpy(update.flat)
@@ -275,4 +291,22 @@ def _change_weights(actor: Any) -> int:
 
 def _put_each(actor: Any) -> list[Any]:
     """One object reference per parameter."""
-    return [ray.put(p.detach().numpy()) for _, p in trainable_parameters(actor.trainer.policy)]
+    return [ray.put(p.detach().cpu().numpy()) for _, p in trainable_parameters(actor.trainer.policy)]
+
+
+def _copies_ms(actor: Any) -> dict[str, float]:
+    """Medians of one copy of as many bytes: on the GPU, from it to memory of the host, and back."""
+    here = torch.from_numpy(actor.trainer.weights(WeightVersion(0, 0)).flat)
+    there, other = here.cuda(), here.cuda()
+    copies = {"gpu_copy_ms": (other, there), "copy_to_host_ms": (here, there), "copy_from_host_ms": (there, here)}
+    result = {}
+    for name, (into, source) in copies.items():
+        taken = []
+        for _ in range(9):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            into.copy_(source)
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        result[name] = 1000 * statistics.median(taken)
+    return result

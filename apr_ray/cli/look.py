@@ -125,16 +125,20 @@ def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz 
 def bench(
     name: Annotated[str, typer.Argument(help="engine, gpu, learner, oracle, rollout, solver, step or sync.")],
     as_json: Annotated[bool, typer.Option("--json", help="Last line: one JSON object.")] = False,
-    engine: Annotated[Optional[str], typer.Option(help="For sync and rollout: torch, sglang or vllm.")] = None,
+    engine: Annotated[Optional[str], typer.Option(help="For sync, rollout and gpu: torch, sglang, vllm.")] = None,
     checkpoint: Annotated[
         Optional[str], typer.Option(help="For rollout --engine: a trained policy of the quickstart's task.")
     ] = None,
     sizes: Annotated[Optional[str], typer.Option(help="For sync: of 4mb,50mb,900mb.")] = None,
     trees: Annotated[
-        Optional[int], typer.Option(min=2, help="For engine, learner and rollout: how many trees.")
+        Optional[int], typer.Option(min=2, help="For engine, gpu, learner and rollout: how many trees.")
     ] = None,
     repeats: Annotated[
         Optional[int], typer.Option(min=1, help="Turns of each side, where there are sides; their median counts.")
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="For sync: cpu or cuda.")] = None,
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(help="For gpu, learner and sync: overrides of the form a.b=value.")
     ] = None,
 ) -> None:
     """Measure one part against a baseline, side by side, in one run."""
@@ -149,6 +153,8 @@ def bench(
         sizes=tuple(sizes.split(",")) if sizes else (),
         trees=trees,
         repeats=repeats,
+        device=device,
+        overrides=tuple(overrides or ()),
     )
     print_table(
         f"bench {name}",

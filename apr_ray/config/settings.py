@@ -408,10 +408,10 @@ class PlacementConfig(Section):
 class WeightsConfig(Section):
     """Weight sync and its check."""
 
-    transport: Literal["object_store", "collective", "shared_memory", "disk", "none"] = "object_store"
+    transport: Literal["object_store", "collective", "shared_memory", "cuda_ipc", "disk", "none"] = "object_store"
     """How weights get from the learners to the workers: Ray's object store (any number of nodes, workers may come and
-    go); a torch.distributed broadcast (the least memory and copies); memory shared on one node; files; or not at all,
-    a control at which the check after the sync must stop the run."""
+    go); a torch.distributed broadcast (the least memory and copies); memory shared on one node, or on one GPU;
+    files; or not at all, a control at which the check after the sync must stop the run."""
     mode: Literal["drain", "pause", "in_flight"] = "pause"
     """What becomes of trees that run when new weights come: they end first; they pause, and their KV is computed again;
     or they go on between two steps with the KV they have (the torch engine only)."""
@@ -534,6 +534,21 @@ class Config(Section):
             raise ValueError("engine.device is cuda, rollout.gpus_per_worker is 0: a worker reserves what it uses")
         if engine.name == "torch" and gpus > 1:
             raise ValueError(f"rollout.gpus_per_worker is {gpus:g}, the torch engine uses one GPU or a share of it")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_stay_on_a_gpu(self) -> Config:
+        if self.weights.transport != "cuda_ipc":
+            return self
+        if self.engine.name not in ("torch", "sglang") or not self.rollout.gpus_per_worker:
+            raise ValueError(
+                "weights.transport cuda_ipc needs engine torch or sglang on a GPU: engine.name is"
+                f" {self.engine.name}, rollout.gpus_per_worker {self.rollout.gpus_per_worker:g}"
+            )
+        if not self.learner.gpus_per_rank:
+            raise ValueError(
+                "weights.transport cuda_ipc needs learners on the engines' GPU, learner.gpus_per_rank is 0"
+            )
         return self
 
     @model_validator(mode="after")

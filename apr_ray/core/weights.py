@@ -56,18 +56,19 @@ class WeightUpdate:
     """All parameters of one version in one flat float32 buffer, with a checksum of its bytes.
 
     One buffer, because one large copy is many times faster than one per parameter (measured by `apr-ray bench sync`).
+    It is a numpy array, or, by `weights.transport=cuda_ipc`, a torch tensor on a GPU.
     """
 
     version: WeightVersion
     specs: tuple[TensorSpec, ...]
-    flat: np.ndarray[Any, np.dtype[np.float32]]
+    flat: Any
     checksum: int
 
     def fetch(self) -> WeightUpdate:
         """See `WeightSource`: it is here already."""
         return self
 
-    def state_dict(self) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    def state_dict(self) -> dict[str, Any]:
         """Views into `flat` by parameter name; nothing is copied."""
         views = {}
         for spec in self.specs:
@@ -93,8 +94,9 @@ class WeightSink(Protocol):
         """Make ready; returns what sources must know."""
         ...
 
-    def room(self, layout: tuple[TensorSpec, ...], version: WeightVersion) -> np.ndarray[Any, Any] | None:
-        """Memory of the sink's for the whole version, of which the pieces are then parts; None if it needs none."""
+    def room(self, layout: tuple[TensorSpec, ...], version: WeightVersion) -> Any:
+        """Memory of the sink's for the whole version, an array or a tensor, of which the pieces are then parts; None if
+        it needs none."""
         ...
 
     def take(

@@ -26,8 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, EngineAsleep, PartDied
 from apr_ray.core.weights import WeightUpdate, WeightVersion
@@ -132,7 +130,7 @@ class SGLangBase:
         """End the requests with these ids; they are all whose ids start with the prefix."""
         raise NotImplementedError
 
-    def _room(self, update: WeightUpdate) -> np.ndarray[Any, Any] | None:
+    def _room(self, update: WeightUpdate) -> Any:
         """Memory for a copy of the weights, made while they are checked; None where `_staged` needs none."""
         return None
 

@@ -102,6 +102,7 @@ class SGLangEngine(SGLangBase):
         self.tells_versions = hasattr(self._manager, "begin_weight_update")  # both came with the same SGLang
         self._processes = _take_over(self._engine)
         self._copy: np.ndarray[Any, Any] | None = None
+        self._gpu_copy: torch.Tensor | None = None
         threading.Thread(target=self._watch_processes, name="sglang-death-watch", daemon=True).start()
 
     def _outputs(self, request: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
@@ -118,19 +119,24 @@ class SGLangEngine(SGLangBase):
 
         self._manager._dispatch_to_scheduler(AbortReq(rid=prefix, abort_all=not prefix))
 
-    def _room(self, update: WeightUpdate) -> np.ndarray[Any, Any] | None:
+    def _room(self, update: WeightUpdate) -> Any:
         """Shared memory, unless a transport has brought the weights in such. It is kept from update to update: taking
-        fresh pages costs several times what the copy does."""
+        fresh pages costs several times what the copy does. Of weights on a GPU a copy there, since a process cannot
+        pass on what it has mapped of another's."""
         if shared_tensor(update.flat) is not None:
             return None
+        if isinstance(update.flat, torch.Tensor):
+            if self._gpu_copy is None:
+                self._gpu_copy = torch.empty_like(update.flat)
+            return self._gpu_copy
         if self._copy is None:
             self._copy = new_shared(sum(map(math.prod, self.expected.values())))
         return self._copy
 
     @contextlib.asynccontextmanager
     async def _staged(self, update: WeightUpdate) -> AsyncIterator[list[bytes]]:
-        """See `SGLangBase._staged`: shared memory that SGLang maps."""
-        flat = shared_tensor(update.flat)
+        """See `SGLangBase._staged`: memory that SGLang maps."""
+        flat = self._gpu_copy if isinstance(update.flat, torch.Tensor) else shared_tensor(update.flat)
         if flat is None:
             assert self._copy is not None
             flat = shared_tensor(self._copy)
@@ -343,8 +349,8 @@ class _NoSignalHandlers:
 
 
 def _flattened_bucket(update: WeightUpdate, flat: torch.Tensor, ranks: int) -> list[bytes]:
-    """An update in shared memory as SGLang's one-buffer form, once per tensor-parallel rank (each connects for its
-    own descriptor); nothing is copied."""
+    """An update in memory that can be shared as SGLang's one-buffer form, once per tensor-parallel rank (each connects
+    for its own descriptor); nothing is copied."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
 

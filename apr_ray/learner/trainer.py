@@ -377,10 +377,10 @@ class Trainer:
         return layout_of((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named)
 
     @torch.no_grad()
-    def weight_pieces(self, numbers: int, flat: np.ndarray[Any, Any] | None = None) -> Iterator[np.ndarray[Any, Any]]:
-        """The flat weights piece by piece (`core.weights.pieces_of`): parts of `flat`, if given, else in two buffers by
-        turns: a piece is valid until the next but one. At ZeRO stage 3 all ranks must go through all pieces; each is
-        whole only while it is copied.
+    def weight_pieces(self, numbers: int, flat: Any = None) -> Iterator[Any]:
+        """The flat weights piece by piece (`core.weights.pieces_of`): parts of `flat`, an array or a tensor, if given,
+        else in two buffers by turns: a piece is valid until the next but one. At ZeRO stage 3 all ranks must go through
+        all pieces; each is whole only while it is copied.
         """
         import deepspeed
 

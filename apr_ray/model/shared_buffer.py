@@ -34,9 +34,10 @@ def new_shared(numbers: int) -> np.ndarray[Any, Any]:
     return _mapped(descriptor, numbers)
 
 
-def shared_tensor(flat: np.ndarray[Any, Any]) -> torch.Tensor | None:
-    """The tensor in shared memory that an array of `new_shared` or `open_shared` is; None for any other array."""
-    tensor = flat.base
+def shared_tensor(flat: Any) -> torch.Tensor | None:
+    """The tensor in shared memory that an array of `new_shared` or `open_shared` is; None for any other array, and for
+    a tensor on a GPU."""
+    tensor = flat.base if isinstance(flat, np.ndarray) else None
     if isinstance(tensor, torch.Tensor) and tensor.is_shared() and tensor.numel() == flat.size:
         return tensor
     return None

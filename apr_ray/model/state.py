@@ -14,6 +14,10 @@ from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout
 
 CACHED_NUMBERS = 1 << 18
 """1 MB in float32."""
+SUMMED_NUMBERS = 1 << 24
+"""Of a tensor at a time: the sum takes four times their memory."""
+GOLDEN = 0x1E37_79B9_7F4A_7C15
+"""Neighbours' multiples of it have little in common."""
 
 
 def pack_weights(
@@ -43,9 +47,9 @@ def flatten(state: Mapping[str, np.ndarray[Any, Any]], layout: Sequence[TensorSp
     return flat
 
 
-def copy_flat(tensors: Iterable[torch.Tensor], flat: np.ndarray[Any, Any]) -> None:
-    """Tensors one after the other into a flat float32 array that holds just as many numbers."""
-    into, offset = torch.from_numpy(flat), 0
+def copy_flat(tensors: Iterable[torch.Tensor], flat: Any) -> None:
+    """Tensors one after the other into a flat float32 array, or tensor, that holds just as many numbers."""
+    into, offset = torch.as_tensor(flat), 0
     for tensor in tensors:
         into[offset : offset + tensor.numel()].copy_(tensor.detach().reshape(-1))
         offset += tensor.numel()
@@ -72,11 +76,22 @@ class RunningChecksum:
         return self._hash.intdigest() & 0x7FFF_FFFF_FFFF_FFFF
 
 
+def checksum_of_tensor(flat: torch.Tensor) -> int:
+    """A checksum of float32 numbers on the device where they lie: the sum of their bits, each times an odd number of
+    its place, modulo 2^64. A number that changes always changes it."""
+    bits, total = flat.view(torch.int32), torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(bits), SUMMED_NUMBERS):
+        piece = bits[start : start + SUMMED_NUMBERS]
+        place = torch.arange(start, start + len(piece), device=flat.device)
+        total += (place.mul_(GOLDEN).bitwise_or_(1) * piece).sum()
+    return int(total)
+
+
 def check_update(
     update: WeightUpdate,
     expected: Mapping[str, tuple[int, ...]],
     current: WeightVersion,
-    copy_to: np.ndarray[Any, Any] | None = None,
+    copy_to: Any = None,
 ) -> None:
     """Raise WeightsRejected, naming the first fault, unless the update can be applied whole.
 
@@ -84,8 +99,8 @@ def check_update(
         update: what came.
         expected: parameter names to shapes.
         current: the version now running; the update's must be newer.
-        copy_to: where its numbers are copied meanwhile, which spares a pass over memory. What is there counts only if
-            nothing is raised.
+        copy_to: where its numbers are copied meanwhile, which spares a pass over memory: an array, or a tensor if the
+            update's is one. What is there counts only if nothing is raised.
     """
 
     def refuse(what: str) -> None:
@@ -93,8 +108,9 @@ def check_update(
 
     if update.version <= current:
         refuse(f"the engine already runs {current}")
-    if update.flat.dtype != np.float32 or update.flat.ndim != 1:
-        refuse(f"the buffer is {update.flat.dtype} with {update.flat.ndim} dimensions, not flat float32")
+    dtype = str(update.flat.dtype).removeprefix("torch.")
+    if dtype != "float32" or update.flat.ndim != 1:
+        refuse(f"the buffer is {dtype} with {update.flat.ndim} dimensions, not flat float32")
     shapes = {spec.name: spec.shape for spec in update.specs}
     if len(shapes) != len(update.specs):
         refuse("a parameter is named twice")
@@ -110,13 +126,14 @@ def check_update(
         if spec.offset != end:
             refuse(f"{spec.name} begins at {spec.offset}, expected {end}")
         end += spec.size
-    if end != update.flat.size:
-        refuse(f"the buffer holds {update.flat.size} numbers, its parameters {end}")
-    total, finite = _read_once(update.flat, copy_to)
+    if end != len(update.flat):
+        refuse(f"the buffer holds {len(update.flat)} numbers, its parameters {end}")
+    read = _read_tensor if isinstance(update.flat, torch.Tensor) else _read_once
+    total, finite = read(update.flat, copy_to)
     if total != update.checksum:
         refuse("the checksum is wrong")
     if not finite:
-        bad = next(s.name for s in update.specs if not np.isfinite(update.state_dict()[s.name]).all())
+        bad = next(s.name for s in update.specs if not torch.as_tensor(update.state_dict()[s.name]).isfinite().all())
         refuse(f"{bad} holds a number that is not finite")
 
 
@@ -136,6 +153,13 @@ def _read_once(flat: np.ndarray[Any, Any], copy_to: np.ndarray[Any, Any] | None)
             total = running.add(piece)
             finite = finite and bool(np.isfinite(piece.sum()) or np.isfinite(piece).all())
     return total, finite
+
+
+def _read_tensor(flat: torch.Tensor, copy_to: torch.Tensor | None) -> tuple[int, bool]:
+    """The same of a tensor, on its device."""
+    if copy_to is not None:
+        flat = copy_to.copy_(flat)
+    return checksum_of_tensor(flat), bool(flat.isfinite().all())
 
 
 def trainable_parameters(policy: Any) -> list[tuple[str, torch.Tensor]]:

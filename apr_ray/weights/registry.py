@@ -31,6 +31,10 @@ def build_transport(config: WeightsConfig) -> Transport:
         from apr_ray.weights.shared_memory import SharedMemoryTransport
 
         return SharedMemoryTransport(config)
+    if config.transport == "cuda_ipc":
+        from apr_ray.weights.cuda_ipc import CudaIpcTransport
+
+        return CudaIpcTransport(config)
     if config.transport == "none":
         return NoTransport(config)
     if config.transport == "disk":

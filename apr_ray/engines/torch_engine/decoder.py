@@ -182,14 +182,17 @@ class Decoder:
             self.spare = np.empty(sum(map(math.prod, self.shape.parameter_shapes().values())), dtype=np.float32)
         return self.spare
 
-    def load(self, flat: np.ndarray[Any, Any], layout: Sequence[TensorSpec]) -> None:
+    def load(self, flat: Any, layout: Sequence[TensorSpec]) -> None:
         """Take over weights, all or, where memory does not suffice, none; the caller has checked them.
 
         Args:
-            flat: float32 [n]; where `room` gives memory it is computed with where it lies, so it must stay as it is.
+            flat: float32 [n], an array or a tensor; where `room` gives memory it is computed with where it lies, so it
+                must stay as it is.
             layout: what is where in it.
         """
-        whole = torch.from_numpy(flat) if self.by_numpy else torch.tensor(flat, dtype=self.dtype, device=self.device)
+        whole = torch.as_tensor(flat)
+        if not self.by_numpy:
+            whole = whole.to(self.device, self.dtype, copy=True)
         spec_of = {spec.name: spec for spec in layout}
         matrices = [_stacked(whole, [spec_of[name] for name in stack]) for stack in self.shape.stacks()]
         if self.by_numpy:
