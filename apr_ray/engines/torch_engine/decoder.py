@@ -228,13 +228,18 @@ class Decoder:
         """
         shape = self.shape
         heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
-        cos, sin = self.cos[positions], self.sin[positions]
         cuts = itertools.accumulate((span.rows * span.width for span in spans), initial=0)
         parts = [(span, slice(a, b)) for span, (a, b) in zip(spans, itertools.pairwise(cuts), strict=True)]
         masks = [self._mask(span, positions[part]) for span, part in parts]
         by_numpy = self.by_numpy
         kv: Any = self.kv.numpy() if by_numpy else self.kv
         place: Any = (slots.numpy(), slice(None), positions.numpy()) if by_numpy else (slots, slice(None), positions)
+        at: Any = positions
+        if len(spans) == 1 and masks[0] is None:  # one token of each row, at one place: no list of them is needed
+            [span] = spans
+            at = slice(span.end - 1, span.end)
+            place = (slice(span.first, span.first + span.rows), slice(None), span.end - 1)
+        cos, sin = self.cos[at], self.sin[at]
         x = self.embed[tokens]
         for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             projected = F.linear(F.rms_norm(x, (shape.hidden,), norm1, shape.norm_eps), qkv)
@@ -257,7 +262,9 @@ class Decoder:
             x = x + F.linear(attended[0] if len(parts) == 1 else torch.cat(attended), out)
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
-        return F.linear(F.rms_norm(x[last], (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
+        if len(last) < len(x):
+            x = x[last]
+        return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
 
     def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor | None:
         """[rows, 1, width, end]: 0 where a token may look, minus infinity where not; None for no limit."""
