@@ -56,7 +56,7 @@ def configuration() -> str:
         "# Configuration",
         "",
         "Every key, with its default. YAML files are given with `-c`, single keys as `a.b=c`; `apr-ray config show`",
-        "prints the whole tree as it will be used. This page is generated from `apr_ray/config/settings.py` and the",
+        "prints the whole tree as it will be used. This page is generated from `apr_ray/config/` and the",
         "options of the task Countdown.",
     ]
 

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from apr_ray.config.settings import Config, Section
+from apr_ray.config.section import Section
+from apr_ray.config.settings import Config
 from apr_ray.core.errors import ConfigError
 
 
