@@ -15,7 +15,7 @@ class TaskConfig(Section):
 
     name: str = "countdown"
     """Found among the entry points `apr_ray.tasks`, or imported as `module:Class`."""
-    options: dict[str, Any] = Field({})
+    options: dict[str, Any] = Field(default={})
     """Typed and checked by the task; `apr-ray config show` lists them."""
 
 
@@ -100,9 +100,9 @@ class EngineConfig(Section):
     `weights.mismatch_tolerance`."""
     kv_tokens: Positive | None = None
     """Tokens whose KV SGLang or vLLM holds: what fits into the GPU by default, on a CPU `max_sequences` contexts."""
-    server_args: dict[str, Any] = Field({})
+    server_args: dict[str, Any] = Field(default={})
     """Further arguments of SGLang's or vLLM's engine, passed on as they are."""
-    server_urls: list[str] = Field([])
+    server_urls: list[str] = Field(default=[])
     """SGLang servers, one per rollout worker, as `http://host:30000`; they must see `run.root` at the same path."""
 
     @model_validator(mode="after")
