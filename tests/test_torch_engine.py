@@ -409,6 +409,14 @@ def test_weights_that_do_not_fit_leave_the_old_ones_whole(checkpoint: Path, monk
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slots_that_do_not_fit_into_memory_are_refused_with_their_size(checkpoint: Path, dtype: str) -> None:
+    with pytest.raises(
+        AprError, match=r"1000000000 slots of 768 tokens take \d+\.\d GB, which the machine lacks\. Lower"
+    ):
+        TorchEngine.from_checkpoint(checkpoint, max_sequences=10**9, cache_slots=0, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("order", [list, sorted])
 def test_weights_are_taken_in_any_order_and_on_a_cpu_where_they_lie(
     checkpoint: Path, dtype: str, order: Callable[[Any], list[tuple[str, tuple[int, ...]]]]

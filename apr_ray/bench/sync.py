@@ -69,17 +69,16 @@ def run(
         if size not in SIZES:
             raise AprError(f"unknown size {size!r}", f"Choose of {', '.join(SIZES)}")
     result: Result = {}
-    settings: tuple[str, ...] = ()
+    settings = ("engine.max_sequences=32", "engine.cache_slots=8")  # of the largest model, a context takes 150 MB
     if engine != "torch":
         settings = (f"engine.name={engine}", f"engine.device={device}", "engine.max_sequences=32")
-        settings = (*settings, "engine.kv_tokens=4096")  # of the largest model, 32 contexts take 5 GB
+        settings = (*settings, "engine.kv_tokens=4096")
     if device not in ("cpu", "cuda"):
         raise AprError(f"unknown device {device!r}", "Choose cpu or cuda")
     if device == "cuda":
         if not torch.cuda.is_available():
             raise AprError(f"--device cuda: torch {torch.__version__} finds no GPU", "Run it where there is one")
-        settings = (*settings, "engine.device=cuda", "engine.max_sequences=32", "engine.cache_slots=8")
-        settings = (*settings, "rollout.gpus_per_worker=0.3", "learner.gpus_per_rank=0.3")
+        settings = (*settings, "engine.device=cuda", "rollout.gpus_per_worker=0.3", "learner.gpus_per_rank=0.3")
     overrides = (*settings, *overrides)
     with private_ray():
         for size in sizes:

@@ -133,7 +133,7 @@ class Decoder:
         device, dtype: of weights, KV and matrix products. Angles are float32; the logits are widened to it.
 
     Raises:
-        AprError: the GPU has no room for the KV slots.
+        AprError: there is no room for the KV slots.
     """
 
     def __init__(
@@ -156,17 +156,18 @@ class Decoder:
 
     def allocate(self) -> None:
         """Make the KV slots, which hold nothing: keys and values of a token side by side, to be written at once."""
-        if self.by_numpy:  # zeros that take memory as it is touched
-            self.kv = torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32))
-        else:
-            try:
+        try:
+            if self.by_numpy:  # zeros that take memory as it is touched
+                self.kv = torch.from_numpy(np.zeros(self.kv_size, dtype=np.float32))
+            else:
                 self.kv = torch.zeros(self.kv_size, dtype=self.dtype, device=self.device)
-            except torch.OutOfMemoryError as error:
-                gigabytes = math.prod(self.kv_size) * self.dtype.itemsize / 1e9
-                raise AprError(
-                    f"{self.kv_size[1]} slots of {self.kv_size[3]} tokens take {gigabytes:.1f} GB, which the GPU lacks",
-                    "Lower engine.max_sequences, engine.cache_slots or engine.context_tokens",
-                ) from error
+        except (MemoryError, RuntimeError) as error:  # numpy's and torch's
+            gigabytes = math.prod(self.kv_size) * self.dtype.itemsize / 1e9
+            raise AprError(
+                f"{self.kv_size[1]} slots of {self.kv_size[3]} tokens take {gigabytes:.1f} GB, which the"
+                f" {'machine' if self.device.type == 'cpu' else 'GPU'} lacks",
+                "Lower engine.max_sequences, engine.cache_slots or engine.context_tokens",
+            ) from error
         self.keys, self.values = self.kv.chunk(2, dim=2)
 
     def free(self) -> None:
