@@ -69,7 +69,7 @@ def run(
         if size not in SIZES:
             raise AprError(f"unknown size {size!r}", f"Choose of {', '.join(SIZES)}")
     result: Result = {}
-    settings: tuple[str, ...] = ("engine.max_sequences=32", "engine.cache_slots=8")  # of the largest model, a context takes 150 MB
+    settings: tuple[str, ...] = ("engine.max_sequences=32", "engine.cache_slots=8")  # a context takes up to 150 MB
     if engine != "torch":
         settings = (f"engine.name={engine}", f"engine.device={device}", "engine.max_sequences=32")
         settings = (*settings, "engine.kv_tokens=4096")
