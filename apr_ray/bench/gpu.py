@@ -59,6 +59,8 @@ def run(engine: str = "torch", overrides: tuple[str, ...] = (), trees: int = 512
         trees: at most so many at the same time.
         repeats: of a learner's step.
     """
+    if engine not in ("torch", "sglang"):
+        raise AprError(f"bench gpu runs no {engine}", "Choose torch or sglang")
     if not torch.cuda.is_available():
         raise AprError(f"bench gpu needs a GPU, torch {torch.__version__} finds none", "Run it where there is one")
     result: Result = in_fresh_process(_measure, engine, overrides, trees, repeats)

@@ -154,9 +154,10 @@ async def replay_trees(engine: Engine, trees: Sequence[ThreadTree], concurrent: 
                 name = f"{number:06d}/{'.'.join(map(str, path))}/{call.segment}"
                 sampling = SamplingParams(max_new_tokens=len(call.sampled_ids), seed=call.seed)
                 asked = GenerateRequest(name, tuple(context), sampling, call.segment, not path)
-                async for chunk in engine.generate(asked):
-                    sums[tree.problem_key, path] += sum(chunk.logprobs)
-                    context += chunk.token_ids
+                if call.sampled_ids:  # else it had no room for any
+                    async for chunk in engine.generate(asked):
+                        sums[tree.problem_key, path] += sum(chunk.logprobs)
+                        context += chunk.token_ids
                 recorded = (*call.prompt_ids, *call.sampled_ids)
                 await asyncio.gather(*(thread(child) for child in children.get((path, call.segment), ())))
 

@@ -27,6 +27,7 @@ from apr_ray.threads.runtime import TreeRequest
 from apr_ray.training.grpo import group
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.registry import build_transport
+from apr_ray.weights.transport import Transport
 
 PHASES = ("rollout", "reward", "batch", "learn", "sync", "check")
 
@@ -51,13 +52,15 @@ def run(problems: int = 32, group_size: int = 8, steps: int = 4, overrides: Sequ
         pool = replaying_pool(recording, checkpoint, config.rollout.workers)
         reward = RewardClient(config.task)
         actors = [*learners.actors, *pool.workers, reward.actor]
+        transport = build_transport(config.weights)
         version = WeightVersion(0, 0)
         for _ in range(steps + 1):
             before, start = _cpu_seconds(actors), time.perf_counter()
-            taken, version = _step(recording, requests, group_size, learners, pool, reward, version)
+            taken, version = _step(recording, requests, group_size, learners, pool, reward, transport, version)
             walls.append(time.perf_counter() - start)
             busy.append(_cpu_seconds(actors) - before)
             phases.append(taken)
+        transport.close()
         for part in (learners, pool, reward):
             part.stop()
     wall, cores = sum(walls[1:]), os.cpu_count() or 1
@@ -83,6 +86,7 @@ def _step(
     learners: LearnerGroup,
     pool: Any,
     reward: RewardClient,
+    transport: Transport,
     version: WeightVersion,
 ) -> tuple[dict[str, float], WeightVersion]:
     """Seconds of every phase, and how far engines and learners differ after the sync; and the new version."""
@@ -99,7 +103,7 @@ def _step(
     learners.grpo_step(made.batch, GrpoStep(grpo.clip, 0.0, grpo.temperature, grpo.inner_steps), 1e-5)
     times.append(time.perf_counter())
     version = version.next()
-    build_transport(config.weights).broadcast(learners, pool, version)
+    transport.broadcast(learners, pool, version)
     times.append(time.perf_counter())
     prompts = [tree.calls[0].prompt_ids for tree in trees[::group_size]][: config.weights.check_calls]
     delta = check_engines(learners, pool, prompts, grpo.temperature, config.weights, version)

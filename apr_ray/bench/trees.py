@@ -43,7 +43,7 @@ LONG_TOKENS = 20
 """Calls of at least so many tokens tell how long a step of the engine takes."""
 
 
-def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS, device: str = "cpu") -> Result:
+def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS) -> Result:
     """`ratio`: sampled tokens/s of pool, actor and runtime over those of the engine alone (the goal is 0.9).
 
     Args:
@@ -51,9 +51,8 @@ def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS
         checkpoint: a trained policy of the quickstart's task.
         trees: how many, `CONCURRENT` at a time.
         repeats: medians are over them.
-        device: of the engine.
     """
-    config = _config(engine, device)
+    config = _config(engine)
     task = load_task(config.task)
     requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", trees, config.run.seed))]
     made: list[ThreadTree] = []
@@ -84,22 +83,21 @@ def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS
         "engine_errors": float(sum(tree.outcome is Outcome.ENGINE_ERROR for tree in made)),
     } | _waits(made)
     if engine == "sglang":
-        released = _released(config, checkpoint, requests, device)
+        released = _released(config, checkpoint, requests)
         result |= released | {"of_released": statistics.median(trees_per_s) / released["released_trees_per_s"]}
     return result
 
 
-def _config(engine: str, device: str) -> Config:
+def _config(engine: str) -> Config:
     settings = [f"engine.name={engine}", "engine.max_sequences=128", f"rollout.concurrent_trees={CONCURRENT}"]
     if engine != "torch":
-        settings += [f"engine.device={device}", "engine.kv_tokens=60000"]
+        settings += ["engine.device=cpu", "engine.kv_tokens=60000"]
     return bench_config(settings)
 
 
 def _worker(config: Config, checkpoint: str) -> Any:
     options = {
         "num_cpus": 0.5,
-        "num_gpus": 1 if config.engine.device == "cuda" else 0,
         "max_concurrency": calls_at_once(config),
     }
     worker: Any = ray.remote(TreesWorker).options(**options).remote(config, checkpoint, "worker-00")
@@ -142,14 +140,12 @@ def _waits(trees: Sequence[ThreadTree]) -> dict[str, float]:
             spawns += [child.first_token_s - calls[spawn.path, spawn.segment].end_s for child in children]
             if after is not None and children:
                 joins.append(after.first_token_s - max(c.end_s for c in tree.calls if c.path in spawn.children))
-    step = statistics.median(steps)
-    return {
-        "step_ms": 1000 * step,
-        "spawn_to_child_token_ms": 1000 * statistics.median(spawns),
-        "spawn_to_child_token_steps": statistics.median(spawns) / step,
-        "join_to_parent_token_ms": 1000 * statistics.median(joins),
-        "join_to_parent_token_steps": statistics.median(joins) / step,
-    }
+    result = {}
+    for name, taken in (("spawn_to_child_token", spawns), ("join_to_parent_token", joins)):
+        if taken and steps:  # a policy may spawn nothing
+            result[f"{name}_ms"] = 1000 * statistics.median(taken)
+            result[f"{name}_steps"] = statistics.median(taken) / statistics.median(steps)
+    return result | ({"step_ms": 1000 * statistics.median(steps)} if steps else {})
 
 
 # --- the released code's way ------------------------------------------------------------------------------------------
@@ -208,13 +204,13 @@ class TextCalls:
         """Nothing: the released code cannot."""
 
 
-def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest], device: str) -> dict[str, float]:
+def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest]) -> dict[str, float]:
     """Trees/s, and where its seconds go, summed over threads."""
     task = load_task(config.task)
     tokenizer = task.load_tokenizer(checkpoint)
     protocol = task.protocol(tokenizer)
     with (
-        sglang_server(FilePath(checkpoint), max_sequences=128, device=device, text=True) as server,
+        sglang_server(FilePath(checkpoint), max_sequences=128, text=True) as server,
         ThreadPoolExecutor(CONCURRENT * (1 + config.bounds.max_children)) as threads,
     ):
         engine = TextCalls(server.url, tokenizer, config.model.context_tokens, threads)

@@ -22,6 +22,7 @@ def evaluate_command(
 ) -> None:
     """Accuracy and cost of a policy on held-out problems."""
     from apr_ray.config import config_of
+    from apr_ray.core.errors import AprError
     from apr_ray.core.trees_io import write_trees
     from apr_ray.evaluation.evaluate import evaluate
     from apr_ray.metrics.names import mode_name
@@ -33,6 +34,8 @@ def evaluate_command(
     from apr_ray.training.run_dir import find_policy
     from apr_ray.training.session import ray_session, require_startable
 
+    if out is not None and not out.absolute().parent.is_dir():
+        raise AprError(f"--out {out}: {out.absolute().parent} is no folder", "Make it first")
     policy = find_policy(model)
     beside = config_of(policy)  # the run's own bounds and engine, unless told otherwise
     settings = read_config([*([str(beside)] if beside else []), *(config or [])], overrides)
@@ -60,9 +63,9 @@ def evaluate_command(
             prefix = f"eval/{mode_name(temperature)}/"
             rows += [(mode_name(temperature), k.removeprefix(prefix), f"{v:.4g}") for k, v in result.metrics().items()]
             trees += result.trees
+    print_table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
     if out is not None:
         write_trees(out, trees)
-    print_table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
     say_next(f'apr-ray trace {short(policy)} --problem "3 5 7 -> 22"')
 
 
@@ -125,7 +128,7 @@ def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz 
 def bench(
     name: Annotated[str, typer.Argument(help="engine, gpu, learner, oracle, rollout, solver, step or sync.")],
     as_json: Annotated[bool, typer.Option("--json", help="Last line: one JSON object.")] = False,
-    engine: Annotated[Optional[str], typer.Option(help="For sync, rollout and gpu: torch, sglang, vllm.")] = None,
+    engine: Annotated[Optional[str], typer.Option(help="torch, sglang or, for sync and rollout, vllm.")] = None,
     checkpoint: Annotated[
         Optional[str], typer.Option(help="For rollout --engine: a trained policy of the quickstart's task.")
     ] = None,
@@ -138,7 +141,7 @@ def bench(
     ] = None,
     device: Annotated[Optional[str], typer.Option(help="For sync: cpu or cuda.")] = None,
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(help="For gpu, learner and sync: overrides of the form a.b=value.")
+        Optional[list[str]], typer.Argument(help="For gpu, learner, step and sync: overrides of the form a.b=value.")
     ] = None,
 ) -> None:
     """Measure one part against a baseline, side by side, in one run."""

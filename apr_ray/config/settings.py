@@ -57,7 +57,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _gpus_are_used(self) -> Config:
         engine, gpus = self.engine, self.rollout.gpus_per_worker
-        if gpus and (engine.name == "sglang_server" or (engine.name == "torch" and engine.device != "cuda")):
+        on_cpu = engine.device == "cpu" or (engine.name == "torch" and engine.device is None)
+        if gpus and (engine.name == "sglang_server" or on_cpu):
             raise ValueError(
                 f"rollout.gpus_per_worker is {gpus:g}, engine {engine.name} uses none (engine.device {engine.device})"
             )
@@ -79,6 +80,27 @@ class Config(Section):
         if not self.learner.gpus_per_rank:
             raise ValueError(
                 "weights.transport cuda_ipc needs learners on the engines' GPU, learner.gpus_per_rank is 0"
+            )
+        learner, rollout = self.learner, self.rollout
+        if self.placement.mode == "colocated":
+            reserved = learner.ranks * learner.gpus_per_rank
+        else:
+            reserved = learner.gpus_per_rank + rollout.workers * rollout.gpus_per_worker
+        if reserved > 1 + 1e-9:
+            raise ValueError(
+                f"weights.transport cuda_ipc is for parts that share one GPU, they reserve {reserved:g}: lower"
+                " learner.gpus_per_rank, rollout.gpus_per_worker or rollout.workers, or use shared_memory"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nccl_has_gpus(self) -> Config:
+        learner, rollout, weights = self.learner, self.rollout, self.weights
+        both = learner.gpus_per_rank and rollout.gpus_per_worker
+        if weights.transport == "collective" and weights.backend == "nccl" and not both:
+            raise ValueError(
+                f"weights.backend nccl is between GPUs: learner.gpus_per_rank is {learner.gpus_per_rank:g},"
+                f" rollout.gpus_per_worker {rollout.gpus_per_worker:g}"
             )
         return self
 

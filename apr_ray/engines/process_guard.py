@@ -75,7 +75,7 @@ class ProcessGuard:
         """Kill what bears the mark and wait until it is gone; what cannot be killed is logged. Idempotent."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
-        if self._guard.wait(timeout_s):
+        if self._guard.wait(timeout_s) and not kill_marked(self.mark):  # itself killed, it has killed nobody
             log.error("processes %s cannot be killed: a driver may hold them", marked_processes(self.mark))
 
 

@@ -142,11 +142,10 @@ class SGLangServer(SGLangBase):
     @contextlib.asynccontextmanager
     async def _staged(self, update: WeightUpdate) -> AsyncIterator[Path]:
         """See `SGLangBase._staged`: a folder that the server reads."""
-        folder = await asyncio.to_thread(self._write, update)
         try:
-            yield folder
+            yield await asyncio.to_thread(self._write, update)
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder)
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     async def _apply(self, staged: Path, version: WeightVersion) -> None:
         """See `SGLangBase._apply`."""
@@ -237,7 +236,6 @@ class SGLangServer(SGLangBase):
         await self._end_all(FinishReason.ABORTED, "")
         if self._session is not None:
             await self._session.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _headers() -> dict[str, str]:

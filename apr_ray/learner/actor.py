@@ -105,9 +105,10 @@ class LearnerActor:
     def weights(self, version: WeightVersion) -> tuple[Any, None]:
         """Rank 0's are sent; the others only take part in gathering them. The second value says that it was done: the
         driver can wait for it without fetching the first."""
-        update = self.trainer.weights(version, self.packed)
         if self.rank:
-            return None, None
+            with self.trainer.whole_policy():
+                return None, None
+        update = self.trainer.weights(version, self.packed)
         self.packed = update.flat  # Ray copies what is in it before this actor's next call
         return update, None
 

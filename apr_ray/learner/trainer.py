@@ -367,7 +367,7 @@ class Trainer:
         return token_logprobs(logits, rows.tokens, temperature)
 
     def weights(self, version: WeightVersion, flat: np.ndarray[Any, Any] | None = None) -> WeightUpdate:
-        """All parameters as one buffer: `flat`, if given. At ZeRO stage 3 all ranks must call it."""
+        """All parameters as one buffer: `flat`, if given. All ranks must enter `whole_policy` for it."""
         with self.whole_policy() as policy:
             return pack_weights(trainable_parameters(policy), version, flat)
 

@@ -76,11 +76,12 @@ class MlflowTracker:
 
     def log_trees(self, trees: Sequence[ThreadTree], step: int) -> None:
         """Each tree as a trace: a span for the tree, one per thread, one per call."""
-        self.mlflow.set_experiment(experiment_id=self.experiment_id)
-        for tree in trees:
-            if tree.calls:
-                self._log_tree(tree, step)
-        self.mlflow.flush_trace_async_logging()
+        with self._answering():
+            self.mlflow.set_experiment(experiment_id=self.experiment_id)
+            for tree in trees:
+                if tree.calls:
+                    self._log_tree(tree, step)
+            self.mlflow.flush_trace_async_logging()
 
     def _log_tree(self, tree: ThreadTree, step: int) -> None:
         start_span = self.mlflow.start_span_no_context
@@ -106,7 +107,8 @@ class MlflowTracker:
                         "sampled_tokens": str(call.sampled_tokens),
                         "cached_tokens": str(call.cached_tokens),
                         "finish": call.finish.value,
-                        "weight_version": str(call.kv_version),
+                        "weight_version": str(call.versions[-1].version) if call.versions else "",
+                        "kv_version": str(call.kv_version),
                     },
                     start_time_ns=_ns(call.start_s),
                 )

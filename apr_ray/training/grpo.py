@@ -65,6 +65,8 @@ def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: 
     heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
     found = run.latest()
     with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as ends:
+        transport = build_transport(config.weights)
+        ends.callback(transport.discard)
         learners = LearnerGroup.start(config, grpo.optimizer, str(found[0] / "policy" if found else policy))
         ends.callback(learners.stop)
         if grpo.kl_coefficient:
@@ -81,7 +83,7 @@ def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: 
         reward = RewardClient(config.task)
         ends.callback(reward.stop)
         watch = Watch(config, run, tracker, heldout, bars)
-        yield Parts(learners, pool, reward, build_transport(config.weights), turns, rollouts, watch)
+        yield Parts(learners, pool, reward, transport, turns, rollouts, watch)
 
 
 def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) -> Path:

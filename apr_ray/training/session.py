@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -151,10 +151,8 @@ def tracked(config: Config, run: RunDir, state: LoopState) -> Iterator[Tracker]:
     state.tracker_run_id = tracker.start(run.name, flat_params(config), state.tracker_run_id or None)
     try:
         yield tracker
-    except KeyboardInterrupt:
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
+    except BaseException as error:
+        with suppress(AprError):  # what ended the run is what there is to say
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracker.finish()

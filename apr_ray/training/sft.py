@@ -148,3 +148,4 @@ class _Judge:
     def stop(self) -> None:
         for part in self.parts or ():
             part.stop()
+        self.transport.discard()

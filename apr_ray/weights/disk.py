@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +25,15 @@ from apr_ray.weights.transport import Sending, Transport
 
 
 class DiskTransport(Transport):
-    """A file per version under `weights.folder`, complete as soon as it has its name; the two newest are kept.
+    """A file per version in a folder of this run's own under `weights.folder`, complete as soon as it has its name; the
+    two newest are kept.
 
     Rank 0 holds a whole copy of the weights while it writes.
     """
 
     def __init__(self, config: WeightsConfig) -> None:
         super().__init__(config)
-        self.folder = Path(config.folder or "").absolute()
+        self.folder = Path(config.folder or "").absolute() / f"sync-{uuid.uuid4().hex}"
 
     def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """See `Transport.send`."""
@@ -38,6 +41,10 @@ class DiskTransport(Transport):
             self.open_sink(learners, FileSink(str(self.folder)))
         sent = self.send_into_sink(learners, version)
         return self.passed_on(members, sent["learner-0"], sent, version)
+
+    def discard(self) -> None:
+        """See `Transport.discard`: the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass

@@ -107,6 +107,9 @@ class Transport(ABC):
             closing = {"learner-0": learners.close_sink(self.config.transport)}
             wait_for_all(closing, self.config.timeout_s, "closing a sink for weights")
 
+    def discard(self) -> None:  # noqa: B027  most leave nothing
+        """Remove what would outlive the run, when its actors are gone, however it ended."""
+
 
 def receive(workers: Sequence[Worker], source: Any) -> dict[str, Any]:
     """Have workers fetch a version from one source, or from what an object reference will be: an object reference by
