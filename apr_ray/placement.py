@@ -30,7 +30,6 @@ from apr_ray.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 WAIT_REPORT_S = 5.0
-REWARD_CPUS = 0.1
 LEAST_CPUS = 0.01
 """What a group reserves for an actor that asks for nothing: it must reserve something."""
 ROUNDING = 1e-6
@@ -81,7 +80,7 @@ def _least(workers: Need, config: Config) -> Need:
 def training_needs(config: Config) -> list[Need]:
     """What must be there before training begins."""
     own = [] if config.placement.mode == "colocated" else [_least(worker_need(config), config)]
-    return [learner_need(config), *own, Need("reward actor", 1, REWARD_CPUS)]
+    return [learner_need(config), *own]
 
 
 def require_room(needs: Sequence[Need], config: Config) -> None:

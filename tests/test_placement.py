@@ -137,7 +137,7 @@ def test_a_start_waits_for_all_by_default(
         ({"rollout": {"workers": 9}}, "9 rollout workers at 0.5 CPU each: the cluster has 4 CPU, room for 8"),
         (
             {"rollout": {"workers": 4, "cpus_per_worker": 1.0}},
-            "2 learner ranks and 4 rollout workers and 1 reward actor ask for 5.1 CPU together: the cluster has 4",
+            "2 learner ranks and 4 rollout workers ask for 5 CPU together: the cluster has 4",
         ),
     ],
 )

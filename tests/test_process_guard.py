@@ -74,3 +74,14 @@ def test_close_returns_once_they_are_gone() -> None:
     guard.close()
     assert child.wait(1) == -signal.SIGKILL
     guard.close()
+
+
+def test_a_guard_that_was_killed_itself_leaves_nothing_either() -> None:
+    guard = ProcessGuard()
+    with guard.marking():
+        child = subprocess.Popen(["sleep", "600"])
+    guard._guard.kill()
+    guard._guard.wait()
+    assert marked_processes(guard.mark) == [child.pid]
+    guard.close()
+    assert child.wait(1) == -signal.SIGKILL

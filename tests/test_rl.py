@@ -412,3 +412,17 @@ def test_success_advantages_are_the_rewards() -> None:
     assert ADVANTAGES["success"]([0.0, 1.0, 1.0]) == [0.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="finite"):
         ADVANTAGES["success"]([float("nan")])
+
+
+def test_a_token_without_loss_gives_no_gradient_however_far_the_reference_is() -> None:
+    logprobs = torch.tensor([[-95.0, -1.0]], requires_grad=True)
+    reference = torch.tensor([[-1.0, -1.5]])
+    weights = torch.tensor([[0.0, 0.5]])
+    ones = torch.ones(1, 2)
+    result = grpo_loss(
+        logprobs, logprobs.detach(), ones, weights, ones, clip=0.2, kl_coefficient=0.1, reference_logprobs=reference
+    )
+    result.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0, 0] == 0
+    assert logprobs.grad.isfinite().all()

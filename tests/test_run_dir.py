@@ -40,6 +40,10 @@ def test_the_newest_checkpoint_is_found_with_a_new_incarnation(tmp_path: Path) -
     assert found[1].step == 3
     assert found[1].version == "1.3"
     assert len(list((run.path / "checkpoints").iterdir())) == 2, "old checkpoints are removed"
+    run.use_incarnation(1)  # and its process dies before it saves
+    again = run.latest()
+    assert again is not None
+    assert again[1].version == "2.3"
 
 
 def test_a_checkpoint_that_was_written_elsewhere_is_an_error(tmp_path: Path) -> None:

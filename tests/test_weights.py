@@ -48,7 +48,7 @@ from apr_ray.threads.runtime import TreeRequest
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.collective import CollectiveSink, CollectiveSource, CollectiveTransport, Group, Place
 from apr_ray.weights.cuda_ipc import CudaIpcTransport, GpuSource
-from apr_ray.weights.disk import FileSink, FileSource
+from apr_ray.weights.disk import DiskTransport, FileSink, FileSource
 from apr_ray.weights.registry import build_transport
 from apr_ray.weights.shared_memory import MemorySink
 from apr_ray.weights.transport import Sending, receive
@@ -513,6 +513,10 @@ def test_weights_on_a_gpu_are_refused_where_that_gpu_is_not() -> None:
         (chosen, r"engine\.name is torch, rollout\.gpus_per_worker 0"),
         ([*chosen, *gpu, "engine.name=vllm"], r"engine\.name is vllm"),
         ([*chosen[:1], *gpu], r"learner\.gpus_per_rank is 0"),
+        ([*chosen, *gpu, "rollout.workers=2"], r"they reserve 1\.5: lower"),
+        ([*chosen, *gpu, "placement.mode=colocated", "learner.ranks=3"], r"they reserve 1\.5: lower"),
+        ([*chosen, *gpu, "engine.device=cpu", "engine.name=sglang"], r"engine sglang uses none \(engine\.device cpu\)"),
+        (["weights.transport=collective", "weights.backend=nccl", *gpu], r"between GPUs: learner\.gpus_per_rank is 0"),
     ):
         with pytest.raises(ConfigError, match=missing):
             load_config([], given_)
@@ -537,6 +541,20 @@ def test_a_file_is_complete_when_it_has_its_name_and_old_ones_go(tmp_path: Path)
 def test_a_file_that_is_gone_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(SyncFailed, match=r"cannot read weights .* Do all nodes share weights\.folder"):
         FileSource(str(tmp_path / "none.safetensors")).fetch()
+
+
+def test_each_run_has_a_folder_of_its_own_on_a_shared_disk(tmp_path: Path) -> None:
+    one, other = (build_transport(weights_config("disk", tmp_path)) for _ in range(2))
+    assert isinstance(one, DiskTransport)
+    assert isinstance(other, DiskTransport)
+    sources = []
+    for number, transport in enumerate((one, other)):
+        sink = FileSink(str(transport.folder))
+        sink.open()
+        sources.append(fill(sink, np.full(NUMBERS, number, dtype=np.float32), 7, FIRST))
+    assert [source.fetch().flat[0] for source in sources] == [0, 1]
+    one.discard()
+    assert [path.name for path in tmp_path.iterdir()] == [other.folder.name]
 
 
 def test_a_transport_to_disk_needs_a_folder() -> None:

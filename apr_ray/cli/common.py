@@ -65,7 +65,11 @@ def run_folder(files: Sequence[str] | None, overrides: Sequence[str] | None, res
     if policy is None and command == "train":
         raise ConfigError("no policy to begin with", "Give --init CHECKPOINT; make one with apr-ray sft")
     require_startable(settings, policy)
-    return RunDir.create(settings, command) if resume is None else RunDir.resume(resume, settings)
+    if resume is not None:
+        return RunDir.resume(resume, settings)
+    if policy is not None:  # a run's folder stands for the policy in it, wherever it is gone on from
+        settings = settings.model_copy(update={"init_from": str(policy.resolve())})
+    return RunDir.create(settings, command)
 
 
 def console(stderr: bool = True) -> Any:

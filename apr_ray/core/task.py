@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         ...
 
 
+SOLVED = "solved"
+"""What a solved tree's verdict is called, by every task."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Truthy iff solved; otherwise `reason` names why not, in a-z, digits, _ and -: it is part of metrics' names."""

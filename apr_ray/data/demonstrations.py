@@ -230,6 +230,11 @@ class Demonstrations:
         """Tokens per sequence."""
         return np.diff(self.offsets)
 
+    def first_prompts(self, count: int) -> list[tuple[int, ...]]:
+        """Those of the first sequences."""
+        starts = self.offsets[:-1][:count]
+        return [tuple(self.ids[start : start + n].tolist()) for start, n in zip(starts, self.prompts, strict=False)]
+
     @classmethod
     def load(cls, directory: Path) -> Demonstrations:
         """Read a set, in the order (solver seed, problem, sequence) whatever order it was written in."""

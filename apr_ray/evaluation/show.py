@@ -23,6 +23,8 @@ def recorded_tree(path: Path, number: int | None = None) -> tuple[ThreadTree, Pa
             f"no recorded trees in {path}", 'Record some with apr-ray train, or give --problem "3 5 7 -> 22"'
         )
     trees = list(read_trees(files[-1]))
+    if not trees:
+        raise AprError(f"{files[-1]} holds no tree", "Give another file or run")
     policy = files[-1].parent.parent / "final"
     where = policy if policy.is_dir() else None
     if number is not None:

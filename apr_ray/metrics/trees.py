@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from apr_ray.core.ledger import Outcome, ThreadTree
+from apr_ray.core.task import SOLVED
 
 CUT_OFF = frozenset(
     {
@@ -38,8 +39,8 @@ def tree_metrics(trees: Sequence[ThreadTree]) -> dict[str, float]:
 
 
 def failure_reasons(trees: Sequence[ThreadTree]) -> dict[str, float]:
-    """Percent of trees per verdict, solved ones left out."""
-    counts = Counter(t.verdict for t in trees if not t.reward)
+    """Percent of trees per verdict, solved ones left out. By the verdict, since a reward may be a coin's."""
+    counts = Counter(t.verdict for t in trees if t.verdict != SOLVED)
     return {reason: 100 * n / len(trees) for reason, n in sorted(counts.items())}
 
 

@@ -10,9 +10,8 @@ import ray
 
 from apr_ray.config import TaskConfig
 from apr_ray.core.ledger import Outcome, Problem, ThreadTree
-from apr_ray.core.task import Verdict
+from apr_ray.core.task import SOLVED, Verdict
 from apr_ray.parts import DEAD, died
-from apr_ray.placement import REWARD_CPUS
 from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
 
@@ -35,7 +34,7 @@ class RewardClient:
 
     def __init__(self, task: TaskConfig) -> None:
         options = {
-            "num_cpus": REWARD_CPUS,
+            "num_cpus": 0,  # it checks for a few milliseconds a step, and must never wait for room
             "max_restarts": RESTARTS,  # it holds nothing, so Ray may start it anew and ask again
             "max_task_retries": RESTARTS,
         }
@@ -49,7 +48,7 @@ class RewardClient:
         except DEAD as error:
             raise died(f"reward actor, after {RESTARTS} restarts,", error, "") from error
         return [
-            replace(tree, reward=float(verdict.solved), verdict=verdict.reason)
+            replace(tree, reward=float(verdict.solved), verdict=SOLVED if verdict else verdict.reason)
             for tree, verdict in zip(trees, verdicts, strict=True)
         ]
 

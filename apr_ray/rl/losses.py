@@ -93,7 +93,8 @@ def grpo_loss(
         per_token = importance_weights * per_token
     kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
-        kl = torch.where(trained, k3(logprobs, reference_logprobs), 0.0)
+        # Masked before and not after: what overflows under a mask has no value, but a gradient of NaN.
+        kl = k3(torch.where(trained, logprobs, 0.0), torch.where(trained, reference_logprobs, 0.0))
         per_token = per_token + kl_coefficient * kl
     loss = (weights * per_token).sum()
     with torch.no_grad():

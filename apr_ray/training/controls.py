@@ -16,7 +16,7 @@ import numpy as np
 from apr_ray.config import Config, load_config
 from apr_ray.core.errors import AprError, MismatchError
 from apr_ray.core.trees_io import read_trees
-from apr_ray.data.demonstrations import Demonstrations
+from apr_ray.data.demonstrations import require_demonstrations
 from apr_ray.metrics.names import mode_name
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
@@ -99,7 +99,7 @@ def run_controls(
         f"sft.tokens={10**15}",  # the clock alone ends it
         "grpo.keep_batches='off'",
     ]
-    Demonstrations.load(data)  # what is missing is said before the first arm is trained
+    require_demonstrations(data)  # what is missing is said before the first arm is trained
     base = load_config(files, overrides)
     name = base.run.name or "controls"
     root = Path(base.run.root).resolve() / name
@@ -113,9 +113,9 @@ def run_controls(
 
 
 def _train(arm: str, config: Config, path: Path, policy: Path, data: Path, bars: ProgressBars) -> None:
+    run = RunDir.resume(path, config) if (path / "config.yaml").exists() else RunDir.create(config, "controls")
     if (path / "done").exists():
         return
-    run = RunDir.resume(path) if (path / "config.yaml").exists() else RunDir.create(config, "controls")
     stopped = ""
     if arm == CONTINUED:
         _judge(run, train_sft(run.config, run, data, bars), bars)

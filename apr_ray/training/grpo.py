@@ -91,7 +91,8 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
     grpo, found = config.grpo, run.latest()
     state = found[1] if found else LoopState()
     run.truncate_metrics(state.metrics_rows)
-    version = WeightVersion.parse(state.version)
+    version = WeightVersion.parse(state.version) if found else WeightVersion(run.unused_incarnation(), 0)
+    run.use_incarnation(version.incarnation)
     on_disk: Path | None = found[0] / "policy" if found else policy  # where the present weights lie, if they do
     how = GrpoStep.of(grpo)
     with parts_of(config, run, policy, state, bars) as parts:
@@ -220,7 +221,8 @@ def check_mismatch(stats: Sequence[StepStats], version: WeightVersion, tolerance
         raise MismatchError(
             f"weights {version}: engines and learners differ by {own.delta_mean:.2e} in logprob per token, tolerance"
             f" {tolerance:.0e}",
-            "The trees were not drawn from the learners' policy",
+            "The trees were not drawn from the learners' policy; or precisions differ: match grpo.precision and"
+            " engine.dtype, or raise weights.mismatch_tolerance",
         )
 
 

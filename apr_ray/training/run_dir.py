@@ -192,8 +192,17 @@ class RunDir:
         data.setdefault("metrics_rows", sum(row["step"] <= data["step"] for row in self.metrics()))  # older runs
         state = LoopState(**data)
         version = WeightVersion.parse(state.version)
-        state.version = str(WeightVersion(version.incarnation + 1, version.counter))
+        state.version = str(WeightVersion(self.unused_incarnation(version.incarnation), version.counter))
         return found[-1], state
+
+    def unused_incarnation(self, saved: int = -1) -> int:
+        """After `saved` and all that `use_incarnation` was told, also by a process that died before it saved."""
+        told = self.path / "incarnation"
+        return max(saved, int(told.read_text()) if told.exists() else -1) + 1
+
+    def use_incarnation(self, incarnation: int) -> None:
+        """Weights are made under it from now on."""
+        _write(self.path / "incarnation", str(incarnation))
 
     def keep_policy(self, policy: Path, name: str) -> Path:
         """Copy a policy's folder to `best`, `judge` or `final`, whole."""

@@ -18,7 +18,7 @@ from apr_ray.core.tracker import Tracker
 from apr_ray.engines.process_guard import ProcessGuard
 from apr_ray.engines.registry import require_engine
 from apr_ray.model.llama import require_vocabulary
-from apr_ray.placement import REWARD_CPUS, Need, require_room
+from apr_ray.placement import Need, require_room
 from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.trackers import build_tracker
 from apr_ray.training.run_dir import LoopState, RunDir, flat_params
@@ -102,7 +102,6 @@ def _private_ray(config: Config) -> Iterator[None]:
     needed = (
         config.rollout.workers * config.rollout.cpus_per_worker
         + config.learner.ranks * config.learner.cpus_per_rank
-        + REWARD_CPUS
         + config.data.workers * 0.5
     )
     guard = ProcessGuard()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from apr_ray.core.weights import WeightVersion
 from apr_ray.data.demonstrations import Demonstrations, SftSampler
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import StepStats
+from apr_ray.model.llama import read_config
 from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.schedules import learning_rate
@@ -23,6 +25,7 @@ from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import Clock, ray_session, tracked
 from apr_ray.training.turns import Turns
 from apr_ray.training.watch import Watch
+from apr_ray.weights.check import check_engines
 from apr_ray.weights.registry import build_transport
 
 IN_FLIGHT = 2
@@ -33,6 +36,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     """Train until `sft.tokens` or `sft.max_minutes`; returns the final policy's folder. Resumes where `run` stands."""
     sft = config.sft
     data = Demonstrations.load(data_dir)
+    _require_fitting(data, data_dir, config)
     found = run.latest()
     state = found[1] if found else LoopState()
     fingerprint = data.fingerprint()
@@ -55,7 +59,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         learners = LearnerGroup.start(config, sft.optimizer, config.init_from)
         parts.callback(learners.stop)
         watch = Watch(config, run, tracker, heldout, bars)
-        judge = _Judge(config, run, learners)
+        judge = _Judge(config, run, learners, data.first_prompts(config.weights.check_calls))
         parts.callback(judge.stop)
         if found:
             learners.load(found[0])
@@ -106,6 +110,21 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     return run.keep_policy(latest[0] / "policy", "final")
 
 
+def _require_fitting(data: Demonstrations, data_dir: Path, config: Config) -> None:
+    """Raise ConfigError where sequences are longer than the policy's context, or hold ids outside its vocabulary."""
+    context, vocab = config.model.context_tokens, load_task(config.task).tokenizer().vocab_size
+    if config.init_from:
+        its = read_config(config.init_from)
+        context, vocab = its["max_position_embeddings"], its["vocab_size"]
+    longest, largest = int(data.lengths.max()), int(data.ids.max())
+    if longest > context or largest >= vocab:
+        raise ConfigError(
+            f"{data_dir} has sequences of up to {longest} tokens and ids up to {largest}; the policy takes {context}"
+            f" tokens and {vocab} ids",
+            "Make demonstrations with this config: apr-ray data",
+        )
+
+
 def _metrics(stats: StepStats, size: int, tokens: int, speed: float) -> dict[str, float]:
     return {
         "sft/loss": stats.loss,
@@ -121,8 +140,9 @@ class _Judge:
     """The engines and the reward actor that evaluate a policy in training; started when first needed, since most of
     supervised training needs none."""
 
-    def __init__(self, config: Config, run: RunDir, learners: LearnerGroup) -> None:
+    def __init__(self, config: Config, run: RunDir, learners: LearnerGroup, prompts: Sequence[tuple[int, ...]]) -> None:
         self.config = config
+        self.prompts = prompts  # of the check after a sync
         self.run = run
         self.learners = learners
         self.evaluations = 0
@@ -140,7 +160,9 @@ class _Judge:
             self.parts = pool, RewardClient(self.config.task)
         else:
             self.turns.engines(self.parts[0])
-            self.transport.broadcast(self.learners, self.parts[0], WeightVersion(0, self.evaluations))
+            version, weights = WeightVersion(0, self.evaluations), self.config.weights
+            self.transport.broadcast(self.learners, self.parts[0], version)
+            check_engines(self.learners, self.parts[0], self.prompts, 1.0, weights, version)
         improved = watch.quick_evaluation(*self.parts, state)
         self.turns.learn(self.parts[0])
         return improved

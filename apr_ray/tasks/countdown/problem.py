@@ -119,7 +119,7 @@ class ProblemSpace:
                 return list(found.values())
         raise AprError(
             f"split {split!r} of {self} holds {len(found)} solvable problems"
-            f"{'' if enumerated else ' that could be found'}, {count} were asked for",
+            f"{'' if enumerated and split != 'train' else ' that could be found'}, {count} were asked for",
             "Widen the number or target range, or ask for fewer",
         )
 
