@@ -60,6 +60,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["trace", "{checkpoint}", "--problem", "nonsense"], 'Write it as "3 5 7 -> 22"'),
         (["trace", "{tmp}"], "no recorded trees"),
         (["eval", "{tmp}"], "no checkpoint in"),
+        (["eval", "{checkpoint}", "--out", "{tmp}/none/trees.jsonl"], "none is no folder. Make it first"),
         (["sft", "--data", "{tmp}", "run.root={tmp}", "tracking.tracker=none"], "no Parquet files"),
         (["quickstart", "--fast", "--long"], "exclude each other"),
         (["bench", "nope"], "Choose one of engine, gpu, learner, oracle, rollout"),

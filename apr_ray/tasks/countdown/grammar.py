@@ -2,7 +2,7 @@
 
 Invariants (tested on the authors' traces): `parse_trace(text).text() == text` for every text that parses, and every
 text the solvers write parses. Parsing is linear in the text, and a text over `MAX_TEXT_CHARS` is refused unread.
-Format: paper appendix; the lines are listed in docs/format.md.
+Format: paper appendix; docs/format.md lists the lines of the paper's method.
 """
 
 from __future__ import annotations
