@@ -16,6 +16,7 @@ from apr_ray.config import Config, parse_config
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.ledger import Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
+from apr_ray.evaluation.evaluate import EvalResult
 from apr_ray.learner.trainer import StepStats
 from apr_ray.rollout.pool import CheckSample
 from apr_ray.tracking.progress import ProgressBars
@@ -202,3 +203,12 @@ def test_a_steps_metrics_are_means_over_what_was_trained() -> None:
     assert parts == [1.0, 0.5, 2.0, 0.25, 0.25]
     assert sum(parts) == found["time/step_s"]
     assert "train/kl" not in step_metrics(trees, made, stats, version, times, 2.0, with_kl=False)
+
+
+def test_a_problem_passes_with_one_solved_sample_of_several() -> None:
+    version = WeightVersion(0, 0)
+    rewards = {"a": (0.0, 1.0, 1.0), "b": (0.0, 0.0, 0.0)}
+    trees = tuple(a_tree(key, s, version, r) for key, given in rewards.items() for s, r in enumerate(given))
+    several = EvalResult(1.0, 2, 3, 1 / 3, 0.0, 1.0, trees).metrics()
+    assert several["eval/t1.0/pass_at_n"] == 0.5
+    assert "eval/t1.0/pass_at_n" not in EvalResult(1.0, 2, 1, 0.0, 0.0, 1.0, (trees[0], trees[3])).metrics()

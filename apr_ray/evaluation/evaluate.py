@@ -35,10 +35,17 @@ class EvalResult:
     high: float
     trees: tuple[ThreadTree, ...]
 
+    @property
+    def passed(self) -> int:
+        """Problems of which at least one sample was verified (the paper's pass@n; n is `samples`)."""
+        return len({tree.problem_key for tree in self.trees if tree.reward})
+
     def metrics(self, mode: str = "") -> dict[str, float]:
         """By the names in `metrics.names`; of another mode than the temperature's where one is given."""
         at = f"eval/{mode or mode_name(self.temperature)}/"
         out = {"accuracy": self.accuracy, "accuracy_low": self.low, "accuracy_high": self.high}
+        if self.samples > 1:
+            out["pass_at_n"] = self.passed / self.problems
         out |= tree_metrics(self.trees)
         out["latency_s"] = sum(t.latency_s for t in self.trees) / len(self.trees)
         out |= {f"failure/{reason}": share for reason, share in failure_reasons(self.trees).items()}

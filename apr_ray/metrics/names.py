@@ -25,7 +25,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("sft/grad_norm", "1", "gradient norm before clipping"),
     Metric("sft/learning_rate", "1", "learning rate of the step"),
     Metric("sft/tokens", "tokens", "tokens shown since the start, those without loss (`sft.mask`) included"),
-    Metric("sft/tokens_per_s", "tokens/s", "tokens shown per second since the last row, over all ranks; evaluations and saves in between count as time"),
+    Metric(
+        "sft/tokens_per_s",
+        "tokens/s",
+        "tokens shown per second since the last row, over all ranks; evaluations and saves in between count as time",
+    ),
     Metric("sft/padding", "fraction", "share of computed tokens that were padding"),
     Metric("train/loss", "1", "GRPO loss of the first inner step"),
     Metric("train/grad_norm", "1", "gradient norm before clipping, mean over inner steps"),
@@ -77,6 +81,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/step_s", "s", "seconds of the whole step, without evaluation and checkpoints"),
     Metric("sync/delta_logprob_mean", "nats", "mean |logprob learner - logprob engine| of the check after a sync"),
     Metric("eval/{mode}/accuracy", "fraction", "verified solutions over all trees"),
+    Metric(
+        "eval/{mode}/pass_at_n", "fraction", "problems with a verified solution among `evaluation.samples`, if several"
+    ),
     Metric("eval/{mode}/accuracy_low", "fraction", "lower end of its 95 % Wilson interval over problems"),
     Metric("eval/{mode}/accuracy_high", "fraction", "upper end of the same"),
     Metric("eval/{mode}/total_tokens", "tokens", "mean tokens per tree, all threads"),
