@@ -14,6 +14,7 @@ import pytest
 
 from apr_ray.config import Config, parse_config
 from apr_ray.core.engine import FinishReason, VersionSpan
+from apr_ray.core.errors import ConfigError
 from apr_ray.core.ledger import Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import EvalResult
@@ -203,6 +204,14 @@ def test_a_steps_metrics_are_means_over_what_was_trained() -> None:
     assert parts == [1.0, 0.5, 2.0, 0.25, 0.25]
     assert sum(parts) == found["time/step_s"]
     assert "train/kl" not in step_metrics(trees, made, stats, version, times, 2.0, with_kl=False)
+
+
+def test_a_run_does_not_go_on_from_another_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = trained(a_config(tmp_path, steps=1), [0.5] * 3, monkeypatch)
+    other = write_policy(tmp_path / "other", 0)
+    (other / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match="began with another policy than"):
+        train_grpo(run.config, run, other, ProgressBars(quiet=True))
 
 
 def test_a_problem_passes_with_one_solved_sample_of_several() -> None:

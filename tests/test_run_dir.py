@@ -14,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from apr_ray.cli import explain
-from apr_ray.config import load_config
+from apr_ray.config import Config, load_config, parse_config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.training.run_dir import LoopState, RunDir, find_policy
 
@@ -216,3 +216,23 @@ def test_what_a_killed_run_left_half_done_is_finished_or_undone(tmp_path: Path) 
 def test_an_evaluation_has_temperatures_each_once(temperatures: str) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.temperatures.*at least one temperature, each once"):
         load_config([], [f"evaluation.temperatures={temperatures}"])
+
+
+def test_a_run_goes_on_from_its_policy_by_whatever_path(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for place in (one, other):
+        shutil.copytree(checkpoint, place / "final")
+
+    def begun_with(init_from: str) -> Config:
+        place = {"root": str(tmp_path), "name": "r"}
+        return parse_config({"init_from": init_from, "run": place})
+
+    run = RunDir.create(begun_with(str(one / "final")), "train")
+    monkeypatch.chdir(tmp_path)
+    assert RunDir.resume(run.path, begun_with("one")).config.init_from == "one"
+    with pytest.raises(ConfigError, match="was run with another config: init_from"):
+        RunDir.resume(run.path, begun_with("other"))
+    shutil.rmtree(one)
+    assert RunDir.resume(run.path, begun_with("other")).config.init_from == "other"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xxhash
 
 from apr_ray.config import ModelConfig, TaskConfig
 from apr_ray.core.errors import AprError
@@ -112,6 +113,14 @@ def save_policy(policy: Any, tokenizer: Tokenizer, task: TaskConfig, directory: 
     tokenizer.save(str(partial))
     (partial / TASK_CARD).write_text(task.model_dump_json(indent=1))
     replace_directory(partial, final)
+
+
+def policy_fingerprint(checkpoint: str | Path) -> str:
+    """A checksum of a checkpoint's weights as they lie on disk: other weights have another."""
+    running = xxhash.xxh3_64()
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        running.update(path.read_bytes())
+    return running.hexdigest()
 
 
 def read_task(checkpoint: str | Path) -> TaskConfig:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apr_ray.config import Config, GrpoConfig
-from apr_ray.core.errors import MismatchError
+from apr_ray.core.errors import ConfigError, MismatchError
 from apr_ray.core.ledger import Group, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import tree_seed
@@ -26,6 +26,7 @@ from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats
 from apr_ray.metrics.mismatch import mismatch_metrics
 from apr_ray.metrics.trees import failure_reasons, staleness, tree_metrics
+from apr_ray.model.llama import policy_fingerprint
 from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import GrpoBatch, grpo_batch
@@ -90,6 +91,10 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
     """Train until `grpo.steps` or `grpo.max_minutes`, from `policy`; returns the final policy's folder."""
     grpo, found = config.grpo, run.latest()
     state = found[1] if found else LoopState()
+    fingerprint = policy_fingerprint(policy)
+    if state.policy and state.policy != fingerprint:
+        raise ConfigError(f"{run.path} began with another policy than {policy}", "Give --init the one it began with")
+    state.policy = fingerprint
     run.truncate_metrics(state.metrics_rows)
     version = WeightVersion.parse(state.version) if found else WeightVersion(run.unused_incarnation(), 0)
     run.use_incarnation(version.incarnation)

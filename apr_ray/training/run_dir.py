@@ -48,6 +48,7 @@ class LoopState:
         elapsed_s: of training, over all incarnations.
         position: the sampler's.
         data: of the demonstrations, `Demonstrations.fingerprint`.
+        policy: of the one that GRPO began with, `model.llama.policy_fingerprint`.
         best_accuracy: of the held-out evaluations so far.
         tracker_run_id: to go on in the same tracker run.
         metrics_rows: of `metrics.jsonl`, written before it was saved.
@@ -59,6 +60,7 @@ class LoopState:
     elapsed_s: float = 0.0
     position: dict[str, int] = field(default_factory=dict)
     data: str = ""
+    policy: str = ""
     best_accuracy: float = -1.0
     tracker_run_id: str = ""
     metrics_rows: int = 0
@@ -99,12 +101,12 @@ class RunDir:
         """An existing folder. Raises ConfigError naming what differs where `config` is not the one it was run with.
 
         Where a run lies, how Ray is reached and what watches it may differ: the last two are then `config`'s. So may
-        `init_from`, where nothing lies there any more.
+        `init_from`, where nothing lies there any more, or the same policy by another path.
         """
         saved = load_config([cls.config_file(path)])
         if config is not None:
             saved = saved.model_copy(update={"ray": config.ray, "tracking": config.tracking})
-            if saved.init_from and not Path(saved.init_from).exists():  # it was moved
+            if saved.init_from and config.init_from and _same_policy(saved.init_from, config.init_from):
                 saved = saved.model_copy(update={"init_from": config.init_from})
             place = config.run.model_copy(update={"root": saved.run.root, "name": saved.run.name})
             changed = differences(saved, config.model_copy(update={"run": place}))
@@ -233,6 +235,13 @@ def find_policy(path: Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     raise AprError(f"no checkpoint in {path}", "Give a run folder or a checkpoint folder that apr-ray wrote")
+
+
+def _same_policy(saved: str, given: str) -> bool:
+    """Whether two paths mean the same policy, as far as can be told: nothing may lie at the saved one any more."""
+    if not Path(saved).exists():
+        return True
+    return find_policy(Path(saved)).resolve() == find_policy(Path(given)).resolve()
 
 
 def flat_params(config: Config) -> dict[str, Any]:
