@@ -520,7 +520,8 @@ def test_weights_on_a_gpu_are_refused_where_that_gpu_is_not() -> None:
     ):
         with pytest.raises(ConfigError, match=missing):
             load_config([], given_)
-    assert isinstance(build_transport(load_config([], [*chosen, *gpu]).weights), CudaIpcTransport)
+    fits = load_config([], [*chosen, *gpu, "rollout.workers=1"])
+    assert isinstance(build_transport(fits.weights), CudaIpcTransport)
 
 
 def test_a_file_is_complete_when_it_has_its_name_and_old_ones_go(tmp_path: Path) -> None:
