@@ -26,7 +26,7 @@ from apr_ray.core.errors import AprError
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.llama import save_policy
-from apr_ray.model.state import checksum, pack_weights, trainable_parameters
+from apr_ray.model.state import RunningChecksum, checksum, pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
@@ -125,9 +125,13 @@ class TimedWorker(RolloutWorker):
         await asyncio.to_thread(lambda: self.group.finish(self.group.broadcast(self.flat)))
 
     async def checksums(self) -> tuple[int, int]:
-        """Of what the broadcast brought, and of what came tensor by tensor."""
-        parts = np.concatenate([self.parts[i].ravel() for i in sorted(self.parts)])
-        return checksum(self.flat.numpy()), checksum(parts)
+        """Of what the broadcast brought, and of what came tensor by tensor; both are let go of."""
+        running, parts = RunningChecksum(), 0
+        for _, part in sorted(self.parts.items()):
+            parts = running.add(part)
+        flat = checksum(self.flat.numpy())
+        del self.parts, self.flat
+        return flat, parts
 
     async def held_checksum(self) -> int:
         """Of the weights that the engine was given last."""
