@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.trees_io import read_trees
 from apr_ray.evaluation.lanes import lanes_of, render_lanes
 from apr_ray.metrics.names import mode_title
+from apr_ray.metrics.rows import read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,12 @@ class Summary:
     modes: Mapping[str, Mapping[str, float]]
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Every line of a run's `metrics.jsonl`."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def summarise(grpo: Path) -> tuple[Summary, ...]:
     """The full evaluations before (step 0) and after GRPO; the last alone where there was none before. A full one wrote
     its trees to `eval/`."""
     files = [p.stem.split("-", 2)[1:] for p in (grpo / "eval").glob("step-*.jsonl")]
     steps = sorted({int(step) for step, _ in files})
-    rows = read_metrics(grpo)
+    rows = read_rows(grpo)
 
     def at(step: int) -> Summary:
         modes = {}
@@ -85,7 +79,7 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     summaries = summarise(grpo)
     after = summaries[-1]
     _plot_accuracy(run / "accuracy.png", summaries)
-    _plot_curves(run / "curves.png", read_metrics(sft), read_metrics(grpo))
+    _plot_curves(run / "curves.png", read_rows(sft), read_rows(grpo))
     tree = pick_tree(sorted((grpo / "eval").glob(f"step-{after.step:06d}-*.jsonl"))[-1])  # at the highest temperature
     if tree is not None:
         _plot_tree(run / "tree.png", tree)
@@ -93,7 +87,7 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     config = load_config([grpo / "config.yaml"])
     asked = f"{config.evaluation.problems} held-out problems, seed {config.run.seed}"
     about = f"{run.name}, {time.strftime('%Y-%m-%d')}: {asked}"
-    page.write_text(_page(about, summaries, tree, read_metrics(grpo)), encoding="utf-8")
+    page.write_text(_page(about, summaries, tree, read_rows(grpo)), encoding="utf-8")
     return page
 
 

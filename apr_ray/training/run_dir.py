@@ -30,6 +30,7 @@ from apr_ray.config import Config, differences, load_config, to_yaml
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.core.weights import WeightVersion
 from apr_ray.metrics.names import is_known
+from apr_ray.metrics.rows import FILE, read_rows
 from apr_ray.model.llama import replace_directory
 
 KEPT_CHECKPOINTS = 2
@@ -133,24 +134,17 @@ class RunDir:
         unknown = [name for name in metrics if not is_known(name)]
         if unknown:
             raise ValueError(f"metrics that are not in the table: {unknown}")
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        """Every line of `metrics.jsonl`; a last line that was cut off is left out."""
-        rows = []
-        path = self.path / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """See `metrics.rows.read_rows`."""
+        return read_rows(self.path)
 
     def truncate_metrics(self, rows: int) -> None:
         """Keep the first lines: a resumed run writes the others again."""
         kept = self.metrics()[:rows]
-        _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        _write(self.path / FILE, "".join(json.dumps(row) + "\n" for row in kept))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
