@@ -34,18 +34,24 @@ def test_a_database_that_fails_is_named_by_traces_too_and_does_not_hide_what_end
     tracker = MlflowTracker(f"sqlite:///{tmp_path / 'old.db'}", "e", tmp_path / "artifacts")
     tracker.start("r", {})
 
+    said = ["database or disk is full"]
+
     def fails(*_: object, **__: object) -> None:
-        raise tracker.mlflow.MlflowException("database or disk is full")
+        raise tracker.mlflow.MlflowException(said[-1])
 
     monkeypatch.setattr(tracker.mlflow, "set_experiment", fails)
     monkeypatch.setattr(tracker.client, "set_terminated", fails)
-    with pytest.raises(AprError, match="MLflow failed") as caught:
+    with pytest.raises(OSError, match="No space") as caught:
         tracker.log_trees([], 1)
     assert str(explain(caught.value)).startswith("the disk is full")
     monkeypatch.setattr("apr_ray.training.session.build_tracker", lambda _: tracker)
     run = RunDir(tmp_path, small_config)
-    with pytest.raises(PartDied, match="rank 1"), tracked(small_config, run, LoopState()):
-        raise PartDied("rank 1 died")
+    for what in ("database or disk is full", "it is locked"):
+        said.append(what)
+        with pytest.raises(PartDied, match="rank 1"), tracked(small_config, run, LoopState()):
+            raise PartDied("rank 1 died")
+    with pytest.raises(AprError, match="MLflow failed"):
+        tracker.log_trees([], 1)
     with pytest.raises(AprError, match="MLflow failed"), tracked(small_config, run, LoopState()):
         pass
 

@@ -21,11 +21,11 @@ def explain(error: BaseException) -> str | None:
         inner = explain(cause)
         if inner is not None:
             return inner
+    if isinstance(error, AprError):
+        return str(error)
     if _says_disk_full(error):
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}. Free space and go on with --resume: the last complete checkpoint is untouched"
-    if isinstance(error, AprError):
-        return str(error)
     if isinstance(error, OSError) and error.errno == errno.EACCES:
         return f"no permission for {error.filename}. Choose another run.root"
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +16,11 @@ from apr_ray.core.ledger import Call, ThreadTree
 
 PARAMS_PER_CALL = 100
 """MLflow takes at most this many parameters in one request."""
+SQLITE_FULL = "database or disk is full"
 
 
 class MlflowTracker:
-    """A run in an MLflow experiment. Raises AprError where its database or server fails.
+    """A run in an MLflow experiment. AprError says that its database or server fails, OSError that the disk is full.
 
     Args:
         uri: tracking URI; `sqlite:////abs/path.db` needs no server.
@@ -129,6 +132,8 @@ class MlflowTracker:
         try:
             yield
         except self.mlflow.MlflowException as error:
+            if SQLITE_FULL in str(error):  # by default the database lies on the run's disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise AprError(
                 f"MLflow failed: {str(error).splitlines()[0]}",
                 "The run's folder has all metrics; go on with --resume RUN, without MLflow if tracking.tracker=none",

@@ -151,7 +151,7 @@ def tracked(config: Config, run: RunDir, state: LoopState) -> Iterator[Tracker]:
     try:
         yield tracker
     except BaseException as error:
-        with suppress(AprError):  # what ended the run is what there is to say
+        with suppress(AprError, OSError):  # what ended the run is what there is to say
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracker.finish()
