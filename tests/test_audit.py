@@ -87,16 +87,18 @@ def learn(made: GrpoBatch, checkpoint: Path, step: KeptStep) -> Reported:
     mismatch = measure_mismatch(flat, batch)
     sums = torch.from_numpy(tree_sums(flat, batch)[batch.trees])
     how = None
-    if step.correction != "none" and mismatch.delta_mean > step.correction_from:
+    if step.correction != "none" and mismatch.whole.delta_mean > step.correction_from:
         how = Correction(step.correction, step.correction_level, step.correction_cap)  # type: ignore[arg-type]
-    parts, cut = [], 0
+    parts, cut, slope = [], 0, 0.0
     for i, (tokens, old, advantages, weights) in enumerate(rows):
         importance = importance_weights(deltas[i], how, sums[i : i + 1]) if how else None
         cut += int((importance.cut & (weights != 0)).sum()) if importance else 0
         with torch.no_grad():
             towards = token_logprobs(anchor(tokens).logits, tokens, TEMPERATURE) if anchor else None
+        logprobs = token_logprobs(policy(tokens).logits, tokens, TEMPERATURE)
+        logprobs.retain_grad()
         part = grpo_loss(
-            token_logprobs(policy(tokens).logits, tokens, TEMPERATURE),
+            logprobs,
             starts[i] if step.ratio == "proximal" else old,
             advantages,
             weights,
@@ -108,14 +110,17 @@ def learn(made: GrpoBatch, checkpoint: Path, step: KeptStep) -> Reported:
         )
         part.loss.backward()
         parts.append(part)
+        assert logprobs.grad is not None
+        slope += float((logprobs.grad * logprobs.detach()).sum())
     return Reported(
         loss=sum(float(p.loss.detach()) for p in parts),
         kl=sum(p.kl for p in parts),
         grad_norm=math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters())),
         tokens=sum(p.tokens for p in parts),
-        delta_mean=mismatch.delta_mean,
-        delta_max=mismatch.delta_max,
+        delta_mean=mismatch.whole.delta_mean,
+        delta_max=mismatch.whole.delta_max,
         cut=cut,
+        slope=slope,
     )
 
 
@@ -300,11 +305,16 @@ def test_tampering_is_named(kept: KeptBatch) -> None:
             replace(kept, trees=tuple(replace(t, reward=float(i % 2)) for i, t in enumerate(kept.trees))),
             "gradient norm",
         ),
+        "rewards turned over": (
+            replace(kept, trees=tuple(replace(t, reward=1.0 - (t.reward or 0.0)) for t in kept.trees)),
+            "slope",
+        ),
         "counts": (replace(kept, step=replace(kept.step, dispositions={"trained": 5})), "… add up to"),
         "tokens": (claim(tokens=told.tokens + 1), "trained tokens"),
         "loss": (claim(loss=told.loss + 0.01), "loss"),
         "KL": (claim(kl=told.kl * 1.2), "KL term"),
         "gradient": (claim(grad_norm=told.grad_norm * 1.01), "gradient norm"),
+        "direction": (claim(slope=-(told.slope or 0.0)), "slope"),
         "cut weights": (claim(cut=1), "importance weights cut"),
         "difference": (claim(delta_max=told.delta_max + 0.01), "max |Δ logprob|, learner"),
     }
@@ -363,9 +373,13 @@ def test_a_batch_of_the_first_format_had_no_options(run: Path, tmp_path: Path) -
     data = json.loads((folder / "step.json").read_text())
     for name in ("loss_mean", "ratio", "correction", "correction_level", "correction_cap", "correction_from"):
         del data[name]
-    del data["reported"]["cut"]
+    del data["reported"]["cut"], data["reported"]["slope"]
     (folder / "step.json").write_text(json.dumps(data | {"format": 1}))
-    assert read_batch(folder) == replace(read_batch(find_batch(run, 1)), policy=folder / "policy")
+    new, old = read_batch(find_batch(run, 1)), read_batch(folder)
+    assert new.step.reported is not None
+    same = replace(new.step, reported=replace(new.step.reported, slope=None))
+    assert old == replace(new, step=same, policy=folder / "policy")
+    assert "slope" not in {finding.check for finding in audit_batch(old).findings}
 
 
 def test_only_the_newest_is_kept_where_asked(kept: KeptBatch, tmp_path: Path) -> None:

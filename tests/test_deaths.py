@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from by_heart import learn_by_heart
 
 from apr_ray.config import Config, WeightsConfig, to_yaml
 from apr_ray.core.batch import TrainSequence, lay_out
@@ -331,37 +332,49 @@ def long(exact: Config) -> Config:
 
 
 @pytest.fixture(scope="module")
-def unbroken_long(long: Config, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> RunDir:
+def spawning(long: Config, task: CountdownTask, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that spawns on the problems of `long`."""
+    problems = task.problems("train", STEPS * long.grpo.problems_per_step, long.run.seed + 1)
+    return learn_by_heart(problems, long, tmp_path_factory.mktemp("spawning") / "policy")
+
+
+@pytest.fixture(scope="module")
+def unbroken_long(long: Config, spawning: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> RunDir:
     root = tmp_path_factory.mktemp("unbroken")
     run = RunDir.create(changed(long, run={"root": str(root), "name": "run"}), "train")
-    train_grpo(run.config, run, checkpoint, ProgressBars(quiet=True))
+    train_grpo(run.config, run, spawning, ProgressBars(quiet=True))
+    assert all(row["rollout/children"] > 0 for row in run.metrics() if "rollout/reward" in row)
     return run
 
 
 def wait_for_step(driver: Driver, point: float) -> None:
-    """Until about so many steps are done; the fraction by the time that the last one took."""
+    """Until about so many steps are done, after the first evaluation; the fraction by the time of the last."""
 
     def steps() -> Sequence[dict[str, float]]:
         return [row for row in driver.rows() if "rollout/reward" in row]
 
-    wait_until(lambda: len(steps()) >= int(point), driver.running)
+    wait_until(lambda: driver.rows() and len(steps()) >= int(point), driver.running)
     done = steps()
     time.sleep((point - int(point)) * (done[-1]["time/step_s"] if done else 1.0))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("victim", "seed"), [("driver", 0), ("driver", 1), *((victim, 2) for victim in list(VICTIMS)[1:])]
-)
+@pytest.mark.parametrize("part_of_run", [(0.0, 1.0), (1.0, 2.0), (2.0, STEPS - 0.5)], ids=lambda part: f"{part[0]:g}")
+@pytest.mark.parametrize("victim", VICTIMS)
 def test_a_run_survives_the_death_of_any_process_anywhere(
-    victim: str, seed: int, long: Config, unbroken_long: RunDir, checkpoint: Path, tmp_path: Path
+    victim: str,
+    part_of_run: tuple[float, float],
+    long: Config,
+    unbroken_long: RunDir,
+    spawning: Path,
+    tmp_path: Path,
 ) -> None:
-    """Killed at a random point: the run goes on by itself, or ends with one line and goes on with --resume; either way
-    it is the unbroken run, bit for bit, and leaves no process behind."""
-    draw = random.Random(f"{victim} {seed}")
-    driver = Driver.start(long, checkpoint, tmp_path)
-    wait_for_step(driver, draw.uniform(0.0, STEPS - 0.5))
+    """Killed at a random point, also before the first checkpoint: the run goes on by itself, or ends with one line and
+    goes on with --resume; either way it is the unbroken run, bit for bit, and leaves no process behind."""
+    draw = random.Random(f"{victim} {part_of_run}")
+    driver = Driver.start(long, spawning, tmp_path)
+    wait_for_step(driver, draw.uniform(*part_of_run))
     wait_until(lambda: any(VICTIMS[victim] in line for line in driver.processes().values()), driver.running)
     os.kill(
         draw.choice(sorted(pid for pid, line in driver.processes().items() if VICTIMS[victim] in line)), signal.SIGKILL
@@ -378,7 +391,7 @@ def test_a_run_survives_the_death_of_any_process_anywhere(
     if victim == "learner":
         assert "learner rank" in errors[0]
     if status:
-        again = Driver.start(long, checkpoint, tmp_path, "--resume", str(driver.run))
+        again = Driver.start(long, spawning, tmp_path, "--resume", str(driver.run))
         assert again.process.wait(300) == 0
         again.wait_until_gone()
     run = RunDir(driver.run, long)

@@ -222,7 +222,7 @@ def estimate(
         delta = log_ratio(start, old, weights != 0)
         old = start
         flat = np.concatenate([row[:n] for row, n in zip(delta.numpy(), batch.lengths, strict=True)])
-        if correction is not None and correction.applies(measure_mismatch(flat, batch).delta_mean):
+        if correction is not None and correction.applies(measure_mismatch(flat, batch).whole.delta_mean):
             sums = torch.from_numpy(tree_sums(flat, batch)[batch.trees])
             importance = importance_weights(delta, correction, sums).values
     result = grpo_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -204,6 +205,33 @@ def test_a_steps_metrics_are_means_over_what_was_trained() -> None:
     assert parts == [1.0, 0.5, 2.0, 0.25, 0.25]
     assert sum(parts) == found["time/step_s"]
     assert "train/kl" not in step_metrics(trees, made, stats, version, times, 2.0, with_kl=False)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_goes_on_with_fresh_trees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines begin at version 0.0, the weights of the second attempt are 1.0: they are told before the first tree."""
+    monkeypatch.setattr(RunDir, "unused_incarnation", lambda run, saved=-1: 1)
+    run, _ = trained(a_config(tmp_path, steps=1), [0.5] * 2, monkeypatch)
+    (step,) = [row for row in run.metrics() if "rollout/reward" in row]
+    assert step["rollout/staleness"] == 0
+    assert "rollout/tokens/stale" not in step or step["rollout/tokens/stale"] == 0
+    assert step["train/loss"] == 0.1
+
+
+def test_every_tree_is_a_line_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = trained(a_config(tmp_path, steps=2, overlap=True, max_staleness=1), [0.5] * 3, monkeypatch)
+    rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] * 10 + [2] * 10
+    assert {row["reward"] for row in rows} == {0.0, 1.0}
+    for row in run.metrics():
+        if "rollout/staleness" in row:
+            of_step = [sample["age_oldest"] for sample in rows if sample["step"] == row["step"]]
+            assert row["rollout/staleness"] == sum(of_step) / len(of_step)
+    with (run.path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')
+    run.truncate_samples(1)
+    assert len((run.path / "samples.jsonl").read_text().splitlines()) == 10
 
 
 def test_a_run_does_not_go_on_from_another_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,8 @@ def test_tree_metrics_are_means_and_stand_in_the_table() -> None:
     assert found["total_tokens"] == (52 + 6) / 2
     assert found["truncated"] == 50
     assert failure_reasons([TREE, cut]) == {"truncated": 50}
-    assert staleness([TREE], 6) == 2
+    assert staleness([TREE], WeightVersion(1, 6)) == 2
+    assert staleness([TREE], WeightVersion(2, 6)) == 3, "weights that a resume lost are not fresh"
     assert all(is_known(f"rollout/{name}") and is_known(f"eval/t1.0/{name}") for name in found)
     assert not is_known("eval/accuracy")
     assert len({m.name for m in METRICS}) == len(METRICS)

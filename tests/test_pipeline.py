@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_heart import learn_by_heart
 
 from apr_ray.config import Config, PlacementConfig, to_yaml
 from apr_ray.core.errors import AprError, MismatchError, WeightsRejected
@@ -209,11 +210,12 @@ def test_the_audit_of_a_real_batch_agrees(finished: RunDir) -> None:
 
 
 def test_results_do_not_depend_on_the_number_of_workers(
-    small_config: Config, checkpoint: Path, task: CountdownTask
+    small_config: Config, task: CountdownTask, tmp_path: Path
 ) -> None:
-    """Contract 7: the same requests on one worker and on two, arriving in another order, give the same trees with the
-    same logprobs to the last bit."""
+    """Contract 7: the same requests on one worker and on two, arriving in another order, give the same trees, joins and
+    all, with the same logprobs to the last bit."""
     problems = task.problems("train", 4, 0)
+    policy = learn_by_heart(problems, small_config, tmp_path / "policy")
     found = []
     for workers, order in ((1, [0, 1, 2, 3]), (2, [2, 0, 3, 1])):
         config = small_config.model_copy(
@@ -222,9 +224,10 @@ def test_results_do_not_depend_on_the_number_of_workers(
                 "engine": small_config.engine.model_copy(update={"deterministic": True, "max_sequences": 16}),
             }
         )
-        pool = RolloutPool.start(config, str(checkpoint))
+        pool = RolloutPool.start(config, str(policy))
         trees = sample_trees(pool, [problems[i] for i in order], config, step=0)
         pool.stop()
+        assert sum(len(tree.joins) for tree in trees) > 0, "no parent was resumed"
         found.append(
             {
                 (tree.problem_key, tree.sample): [

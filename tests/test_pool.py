@@ -5,7 +5,6 @@ What real actors do, `test_deaths.py`, `test_weights.py` and `test_spread.py` sh
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -203,7 +202,7 @@ def test_nobody_draws_under_older_weights_than_the_pools(data: st.DataObject, wo
                 pool._admit()  # as a thread that draws beside the sync would
             for worker in members.workers:
                 worker.actor.version = version
-            pool.now_run(members.workers, functools.partial(int, version))
+            pool.now_run(members.workers, lambda _, now=version: now)
             world.newest = version
             ended = list(pool.run(list(range(5))))  # type: ignore[arg-type]
             assert sorted(ended) == [(i, (i, version)) for i in range(5)]
@@ -232,7 +231,7 @@ class Numbers(Transport):
     """Weights that are a number."""
 
     def send(self, learners: Any, members: Membership, version: WeightVersion) -> Sending:
-        return Sending(receive(members.workers, version.counter), lambda: version.counter)
+        return Sending(receive(members.workers, version.counter), lambda _: version.counter)
 
 
 class Learners:
@@ -291,3 +290,36 @@ def test_what_an_actor_imports_uses_one_thread(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with lasting_imports():
         assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_who_joins_takes_the_weights_from_those_who_are_ready_by_then() -> None:
+    """A collective's joiner asks another worker: not one of those that were there when the weights were sent."""
+    asked: list[list[str]] = []
+
+    class Passed(Numbers):
+        def send(self, learners: Any, members: Membership, version: WeightVersion) -> Sending:
+            def current(ready: Sequence[Worker]) -> int:
+                asked.append([worker.name for worker in ready])
+                return version.counter
+
+            return Sending(receive(members.workers, version.counter), current)
+
+    with a_pool(lambda below: 0, 2, deaths=0, restarts=4) as (world, pool):
+        pool._ready(2)
+        Passed(WeightsConfig()).broadcast(Learners(), pool, WeightVersion(0, 1))  # type: ignore[arg-type]
+        for victim in (0, 1):
+            world.kill(pool.members[victim].actor)
+            list(pool.run(list(range(4))))  # type: ignore[arg-type]
+            pool._ready(2)
+        assert [actor.version for actor in world.actors if actor.alive] == [1, 1]
+    assert asked == [["worker-01"], ["worker-00.1"]]
+
+
+def test_a_worker_that_hangs_in_the_check_after_a_sync_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(10_000))
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: float(next(now)))
+    with a_pool(lambda below: 0, 2, deaths=0, restarts=0) as (_, pool):
+        pool._ready(2)
+        pool.members[1].actor.hangs = True
+        with pytest.raises(SyncFailed, match=r"^worker-01 did not answer within 60 s"):
+            pool.sample_for_check([(1,)], 5, 1.0, timeout_s=60.0)

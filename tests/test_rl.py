@@ -21,7 +21,7 @@ from apr_ray.metrics.names import is_known
 from apr_ray.rl.advantages import ADVANTAGES, group_advantages
 from apr_ray.rl.batches import LossMean, grpo_batch, plan_micro_batches, sft_batch
 from apr_ray.rl.losses import grpo_loss, k3, sft_loss, token_entropy, token_logprobs
-from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
+from apr_ray.rl.mismatch import Apart, Correction, importance_weights, measure_mismatch, tree_sums
 from apr_ray.rl.schedules import learning_rate
 
 V0 = WeightVersion(0, 0)
@@ -189,36 +189,44 @@ def test_the_mismatch_of_a_batch_equals_a_token_by_token_reference(calls: Drawn)
     batch, delta = lay_out_drawn(calls)
     found = measure_mismatch(delta, batch)
     trained = [(d, tree, version) for tree, tokens in calls for d, t, version in tokens if t]
-    sizes = sorted(abs(d) for d, *_ in trained)
-    assert found.delta_mean == pytest.approx(sum(sizes) / len(sizes))
-    assert found.delta_max == sizes[-1]
-    assert found.ratio_outside == sum(not 0.5 <= math.exp(d) <= 2 for d, *_ in trained) / len(trained)
-    ratios = sorted(math.exp(d) for d, *_ in trained)
-    assert ratios[-2:][0] <= found.ratio_p999 * (1 + 1e-9)
-    assert found.ratio_p999 <= ratios[-1] * (1 + 1e-9)
+
+    def check(apart: Apart, deltas: list[float]) -> None:
+        assert apart.tokens == len(deltas)
+        assert apart.delta_mean == pytest.approx(sum(map(abs, deltas)) / len(deltas))
+        assert apart.delta_max == max(map(abs, deltas))
+        assert apart.ratio_outside == sum(not 0.5 <= math.exp(d) <= 2 for d in deltas) / len(deltas)
+        ratios = sorted(math.exp(d) for d in deltas)
+        assert ratios[-2:][0] <= apart.ratio_p999 * (1 + 1e-9)
+        assert apart.ratio_p999 <= ratios[-1] * (1 + 1e-9)
+
+    check(found.whole, [d for d, *_ in trained])
     sums = [sum(d for d, tree, _ in trained if tree == number) for number in range(4)]
     assert found.tree_max == pytest.approx(max(map(abs, sums)), abs=1e-9)
     for version in range(3):
-        of = [abs(d) for d, _, v in trained if v == version]
+        of = [d for d, _, v in trained if v == version]
         assert (version in found.versions) == bool(of)
         if of:
-            assert found.versions[version].tokens == len(of)
-            assert found.versions[version].delta_mean == pytest.approx(sum(of) / len(of))
+            check(found.versions[version], of)
 
 
-def test_mismatch_metrics_tell_versions_apart_only_where_there_are_old_ones() -> None:
-    batch, delta = lay_out_drawn([(0, [(0.1, True, 2), (-0.3, True, 2)])])
-    assert not any("age" in name for name in mismatch_metrics(measure_mismatch(delta, batch), 2))
-    batch, delta = lay_out_drawn([(0, [(0.1, True, 2), (-0.3, True, 0), (-0.5, True, 0)])])
+def test_mismatch_metrics_tell_versions_apart() -> None:
+    batch, delta = lay_out_drawn([(0, [(0.1, True, 2), (-0.2, True, 0), (-0.8, True, 0)])])
     found = mismatch_metrics(measure_mismatch(delta, batch), 2)
     ages = {name: value for name, value in found.items() if "age" in name}
     assert ages == pytest.approx(
         {
             "train/mismatch/age_0/tokens": 1 / 3,
             "train/mismatch/age_0/delta_logprob_mean": 0.1,
+            "train/mismatch/age_0/delta_logprob_max": 0.1,
+            "train/mismatch/age_0/ratio_outside": 0.0,
+            "train/mismatch/age_0/ratio_p999": math.exp(0.1),
             "train/mismatch/age_2/tokens": 2 / 3,
-            "train/mismatch/age_2/delta_logprob_mean": 0.4,
-        }
+            "train/mismatch/age_2/delta_logprob_mean": 0.5,
+            "train/mismatch/age_2/delta_logprob_max": 0.8,
+            "train/mismatch/age_2/ratio_outside": 0.5,
+            "train/mismatch/age_2/ratio_p999": math.exp(-0.2 - 0.6 / 1000),
+        },
+        rel=1e-6,
     )
     assert all(map(is_known, found))
     assert not is_known("train/mismatch/age_x/tokens")

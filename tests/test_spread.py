@@ -89,13 +89,21 @@ def test_a_child_whose_worker_dies_goes_on_where_its_parent_is(
     pool.stop()
 
 
-def test_a_worker_that_dies_after_its_last_token_has_nothing_left_to_draw() -> None:
+@pytest.mark.parametrize(
+    ("told", "limit", "end"),
+    [(FinishReason.STOP, 600, None), (None, 600, FinishReason.STOP), (None, 1, FinishReason.LENGTH)],
+    ids=["ended", "a stop id", "the limit"],
+)
+def test_a_worker_that_dies_after_its_last_token_has_nothing_left_to_draw(
+    told: FinishReason | None, limit: int, end: FinishReason | None
+) -> None:
+    """Also where the chunk that would have said so was lost with it."""
     import ray
 
     from apr_ray.core.engine import Chunk, GenerateRequest, SamplingParams
     from apr_ray.core.weights import WeightVersion
 
-    last = Chunk((7,), (-0.5,), WeightVersion(0, 0), finish=FinishReason.STOP)
+    last = Chunk((7,), (-0.5,), WeightVersion(0, 3), finish=told)
 
     async def present() -> Chunk:
         return last
@@ -117,10 +125,12 @@ def test_a_worker_that_dies_after_its_last_token_has_nothing_left_to_draw() -> N
     async def collect() -> list[Chunk]:
         own = ScriptedEngine(lambda asked: Reply((1, 2, 3)))
         lanes = SpreadEngine(own, 0, [None, Dying()])
-        asked = GenerateRequest("t/000/000-000", (5,), SamplingParams(max_new_tokens=600), thread=(0,))
+        sampling = SamplingParams(max_new_tokens=limit, stop_ids=frozenset({7} if limit > 1 else ()))
+        asked = GenerateRequest("t/000/000-000", (5,), sampling, thread=(0,))
         return [chunk async for chunk in lanes.generate(asked)]
 
-    assert asyncio.run(collect()) == [last]
+    expected = [last] if end is None else [last, Chunk((), (), WeightVersion(0, 3), finish=end)]
+    assert asyncio.run(collect()) == expected
 
 
 def test_an_abandoned_request_is_aborted_where_it_runs(ray_local: None, small_config: Config, checkpoint: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,7 @@ from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.learner.actor import LearnerActor
 from apr_ray.learner.group import LearnerGroup
+from apr_ray.learner.trainer import Trainer
 from apr_ray.model.llama import load_policy
 from apr_ray.model.shared_buffer import MemorySource, memory_source, name_of, new_shared, open_shared
 from apr_ray.model.state import (
@@ -259,7 +263,9 @@ def test_rank_0_gathers_to_the_end_even_where_its_sink_fails(fails: str) -> None
         def layout(self) -> tuple[TensorSpec, ...]:
             return LAYOUT
 
-        def weight_pieces(self, numbers: int, flat: Any = None) -> Iterator[np.ndarray[Any, Any]]:
+        def weight_pieces(
+            self, numbers: int, flat: Any = None, until_sent: Any = None
+        ) -> Iterator[np.ndarray[Any, Any]]:
             for piece in pieces(np.zeros(NUMBERS, dtype=np.float32) if flat is None else flat, numbers):
                 gathered.append(piece.size)
                 yield piece
@@ -327,18 +333,93 @@ def test_without_a_successor_the_sync_fails_and_the_others_keep_their_version(
     alone.stop()
 
 
-def test_a_learner_rank_that_dies_does_not_hang_the_workers(
-    single_config: Config, pool: RolloutPool, checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_learner_rank_that_dies_while_it_sends_does_not_hang_the_others(
+    rank: int, small_config: Config, pool: RolloutPool, checkpoint: Path, tmp_path: Path
 ) -> None:
-    group = LearnerGroup.start(single_config, OptimizerConfig(learning_rate=1e-3), str(checkpoint))
+    """In the middle of the pieces, at ZeRO stage 3: the other rank gathers with it, the workers receive."""
+    learner = LearnerConfig(ranks=2, zero_stage=3, zero3_whole_parameters=100)
+    config = small_config.model_copy(update={"learner": learner})
+    group = LearnerGroup.start(config, OptimizerConfig(learning_rate=1e-3), str(checkpoint))
     transport = build_transport(weights_config("collective", tmp_path, timeout_s=5.0))
     version = following(pool)
     transport.broadcast(group, pool, version)
-    os.kill(pid_of(group.actors[0]), signal.SIGKILL)
-    with pytest.raises(SyncFailed, match="learner-0 died"):
+
+    def die_at_the_third_piece(actor: Any) -> None:
+        whole = actor.trainer.weight_pieces
+
+        def half(*arguments: Any, **options: Any) -> Iterator[Any]:
+            for number, piece in enumerate(whole(*arguments, **options)):
+                if number == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield piece
+
+        actor.trainer.weight_pieces = half
+
+    ray.get(group.actors[rank].__ray_call__.remote(die_at_the_third_piece))
+    with pytest.raises(SyncFailed, match=f"learner-{rank} died"):
         transport.broadcast(group, pool, version.next())
     assert versions(pool) == {str(version)}
     group.stop()
+
+
+def test_a_worker_that_dies_while_it_receives_is_replaced(
+    learners: LearnerGroup, pool: RolloutPool, tmp_path: Path
+) -> None:
+    """In the middle of the pieces of a collective; the version is sent again to who is left."""
+    transport = build_transport(weights_config("collective", tmp_path, timeout_s=5.0))
+    version, restarts = following(pool), pool.restarts
+    transport.broadcast(learners, pool, version)
+
+    def die_at_the_third_piece(worker: Any) -> None:
+        from apr_ray.weights.collective import Group
+
+        begun, broadcast = itertools.count(), Group.broadcast
+
+        def half(group: Group, tensor: torch.Tensor) -> Any:
+            if next(begun) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return broadcast(group, tensor)
+
+        Group.broadcast = half  # type: ignore[method-assign]
+
+    ray.get(pool.workers[0].__ray_call__.remote(die_at_the_third_piece))  # the first of its node: it is in the group
+    transport.broadcast(learners, pool, version.next())
+    assert pool.restarts == restarts + 1
+    wait_until_ready(pool, 2)
+    assert versions(pool) == {str(version.next())}
+    transport.close()
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_sender_has_memory_for_two_pieces(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At ZeRO stage 3 one is the piece that was gathered: it is not copied before the other may be written over."""
+    import deepspeed
+
+    events: list[str] = []
+    parameters = [(spec.name, torch.ones(spec.shape)) for spec in LAYOUT]
+    stub: Any = SimpleNamespace(zero=zero, rank=0, policy=SimpleNamespace(named_parameters=lambda: parameters))
+    stub.layout = lambda: LAYOUT
+
+    @contextmanager
+    def gathered(tensors: Sequence[torch.Tensor], enabled: bool) -> Iterator[None]:
+        events.append("gather" if enabled else "whole")
+        yield
+
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", gathered)
+    places = set()
+    pieces = Trainer.weight_pieces(stub, 1, until_sent=lambda: events.append("sent"))
+    for piece in pieces:
+        places.add(piece.ctypes.data)
+        events.append("send")
+    count = len(LAYOUT)
+    assert count > 2
+    if zero == 3:
+        assert events == ["gather", "sent", "send"] * count
+        assert len(places) == 1
+    else:
+        assert events == ["whole", "send"] * count
+        assert len(places) == 2
 
 
 def test_a_worker_that_hangs_is_named_in_bounded_time(

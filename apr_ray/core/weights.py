@@ -37,6 +37,10 @@ class WeightVersion:
         return cls(int(incarnation), int(counter))
 
 
+FIRST_VERSION = WeightVersion(0, 0)
+"""Of the weights that an engine starts on."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Where one parameter lies in a flat buffer: `offset` counts elements, not bytes."""
@@ -102,7 +106,12 @@ class WeightSink(Protocol):
     def take(
         self, layout: tuple[TensorSpec, ...], pieces: Iterator[np.ndarray[Any, Any]], version: WeightVersion
     ) -> Any:
-        """Send all pieces. Without `room`, a piece is valid until the next but one is asked for."""
+        """Send all pieces. Without `room`, a piece is valid until the next but one is asked for, or until `until_sent`
+        returns."""
+        ...
+
+    def until_sent(self) -> None:
+        """Wait until the last piece may be written over; called from within `pieces`, so it never raises."""
         ...
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, EngineAsleep, PartDied
-from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import DecoderShape
 from apr_ray.model.llama import read_config
@@ -36,7 +36,7 @@ from apr_ray.model.state import check_update
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-FIRST_VERSION = WeightVersion(0, 0)
+
 ID_END = "#"
 """Ends every id that SGLang sees. Request ids may not hold it, so no id is another's prefix."""
 IDLE_S = 60.0
@@ -362,7 +362,10 @@ class SGLangBase:
         if self.on_death is not None:
             self.on_death(reason)
         if (loop := self._loop) is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: loop.create_task(self._end_all(FinishReason.ERROR, reason)))
+            loop.call_soon_threadsafe(self._begin_end, reason)
+
+    def _begin_end(self, reason: str) -> None:
+        self._ending = asyncio.ensure_future(self._end_all(FinishReason.ERROR, reason))  # kept, or it may be collected
 
     async def _end_all(self, finish: FinishReason, error: str) -> None:
         """Give every request its last chunk and stop what feeds it."""

@@ -28,10 +28,10 @@ import torch
 
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import AprError, ConfigError
-from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard, environment
 from apr_ray.engines.requests import refuse_unknown
-from apr_ray.engines.sglang_base import FIRST_VERSION, IDLE_S, SPARE_TOKENS, SGLangBase, require_success
+from apr_ray.engines.sglang_base import IDLE_S, SPARE_TOKENS, SGLangBase, require_success
 from apr_ray.model.shared_buffer import new_shared, shared_tensor
 
 JOIN_S = 5.0
@@ -96,7 +96,9 @@ class SGLangEngine(SGLangBase):
         self._guard, self._engine = _launch(arguments)
         launched = self._engine.server_args
         saves_memory = bool(launched.enable_memory_saver) and launched.device == "cuda"
-        self.capabilities = replace(self.capabilities, sleeps=saves_memory)
+        self.capabilities = replace(
+            self.capabilities, sleeps=saves_memory, cache_block=int(launched.page_size or self.capabilities.cache_block)
+        )
         self._manager = self._engine.tokenizer_manager
         self._manager.signal_handler_class = _NoSignalHandlers
         self.tells_versions = hasattr(self._manager, "begin_weight_update")  # both came with the same SGLang

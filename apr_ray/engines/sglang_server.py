@@ -19,7 +19,6 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from safetensors.numpy import save_file
 
 from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import AprError, ConfigError, PartDied
-from apr_ray.core.weights import WeightUpdate, WeightVersion
-from apr_ray.engines.sglang_base import FIRST_VERSION, SPARE_TOKENS, SGLangBase, require_success
+from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion
+from apr_ray.engines.sglang_base import SPARE_TOKENS, SGLangBase, require_success
 from apr_ray.model.llama import read_config
 
 API_KEY = "SGLANG_API_KEY"
@@ -71,7 +70,9 @@ class SGLangServer(SGLangBase):
             raise ConfigError(f"engine.server_urls holds {url!r}", "Write it as http://host:port")
         self.url = url.rstrip("/")
         self.checkpoint = Path(checkpoint).absolute()
-        self._folder = self.checkpoint.parent / f"served-{uuid.uuid4().hex}"
+        # The server's own, so that whoever serves it next removes what a killed worker left.
+        self._folder = self.checkpoint.parent / ("served-" + re.sub(r"\W+", "-", self.url.partition("://")[2]))
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._session: aiohttp.ClientSession | None = None
         self._require_suitable(self._ask_once("GET", "/server_info"), context_tokens)
         load = {"model_path": str(self.checkpoint), "weight_version": str(FIRST_VERSION), "flush_cache": True}

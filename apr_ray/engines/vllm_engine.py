@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, EngineAsleep, PartDied
-from apr_ray.core.weights import WeightUpdate, WeightVersion
+from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import DecoderShape
@@ -35,7 +35,7 @@ from apr_ray.model.state import check_update
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-FIRST_VERSION = WeightVersion(0, 0)
+
 FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 MAX_TEMPERATURE = 2.0
 """vLLM refuses more, and raises what is below 0.01 to that, when parameters are made; not afterwards."""

@@ -1,8 +1,9 @@
 """The audit of one training batch: everything that was claimed of it, computed again the slow and obvious way.
 
 Each call goes alone through the plain `transformers` model in float32. The loss is written out from the paper's section
-3.3, tree by tree and call by call, and shares no code with `rl/` (an import rule checks it): with its gradient, since
-on policy the loss itself is near 0 whatever the weights of its tokens are.
+3.3, tree by tree and call by call, and shares no code with `rl/` (an import rule checks it): with the norm of its
+gradient, since on policy the loss itself is near 0 whatever the weights of its tokens are, and with its slope along the
+logprobs, since a norm does not tell up from down.
 """
 
 from __future__ import annotations
@@ -56,10 +57,13 @@ class AuditReport:
 @dataclass(slots=True)
 class _Sums:
     """What a pass over the calls adds up to. `deltas`: |Δ logprob| of every token drawn under the batch's weights;
-    `trained_deltas`: of every token that carries loss, `trained` tokens in all, `cut` of them with a cut weight."""
+    `trained_deltas`: of every token that carries loss, `trained` tokens in all, `cut` of them with a cut weight.
+    `sizes`: of loss and slope, what their terms come to without their signs."""
 
     loss: float = 0.0
     kl: float = 0.0
+    slope: float = 0.0
+    sizes: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "slope": 0.0})
     deltas: list[float] = field(default_factory=list)
     trained_deltas: list[float] = field(default_factory=list)
     trained: int = 0
@@ -71,8 +75,9 @@ def audit_batch(kept: KeptBatch, tolerance: float = 1e-3) -> AuditReport:
     """Check a kept batch.
 
     Args:
-        tolerance: largest |Δ logprob| of a token in nats, largest difference of the loss and its KL term, and largest
-            relative difference of the gradient's norm. The default fits float32 engines.
+        tolerance: largest |Δ logprob| of a token in nats, and largest relative difference of the loss and its slope
+            (of what their terms come to without their signs) and of the gradient's norm. The KL term may differ by what
+            logprobs so far off make of it. The default fits float32 engines.
 
     Raises:
         AprError: the reference policy of the KL term is no longer there.
@@ -104,8 +109,9 @@ def audit_batch(kept: KeptBatch, tolerance: float = 1e-3) -> AuditReport:
     findings += [
         Finding("trained tokens", str(sums.trained), str(told.tokens), sums.trained == told.tokens),
         Finding("importance weights cut", str(sums.cut), str(told.cut), sums.cut == told.cut),
-        near("loss", sums.loss, told.loss, tolerance),
-        near("KL term", sums.kl, told.kl, tolerance),
+        near("loss", sums.loss, told.loss, tolerance * sums.sizes["loss"]),
+        near("KL term", sums.kl, told.kl, tolerance * (math.sqrt(2 * sums.kl) + tolerance)),
+        *([] if told.slope is None else [near("slope", sums.slope, told.slope, tolerance * sums.sizes["slope"])]),
         near("gradient norm", norm, told.grad_norm, tolerance * max(norm, told.grad_norm)),
         near("mean |Δ logprob|, learner", statistics.fmean(ours), told.delta_mean, tolerance),
         near("max |Δ logprob|, learner", max(ours), told.delta_max, tolerance),
@@ -350,21 +356,30 @@ def _one_call(kept: KeptBatch, policy: Any, reference: Any, part: _Part, sums: _
     with torch.no_grad():
         towards = _logprobs(reference, call, step.temperature) if reference is not None else None
     call_loss: Any = 0.0
-    call_kl = 0.0
+    call_kl = size = 0.0
     for i, importance in zip(positions, part.importance, strict=True):
         old = call.logprobs[i] if step.ratio == "behaviour" else values[i]
         ratio = (logprobs[i] - old).exp()
         clipped = ratio.clamp(1 - step.clip, 1 + step.clip)
-        call_loss = call_loss - importance * torch.minimum(ratio * part.advantage, clipped * part.advantage)
+        gain = importance * torch.minimum(ratio * part.advantage, clipped * part.advantage)
+        call_loss = call_loss - gain
+        size += abs(float(gain.detach()))
         if towards is not None:
             difference = towards[i] - logprobs[i]
             k3 = difference.exp() - difference - 1
             call_loss = call_loss + step.kl_coefficient * k3
             call_kl += float(k3.detach())
+            size += step.kl_coefficient * float(k3.detach())
     call_loss = call_loss / part.divisor
+    logprobs.retain_grad()
     call_loss.backward()
+    assert logprobs.grad is not None
+    slopes = (logprobs.grad * logprobs).tolist()
+    sums.slope += math.fsum(slopes)
+    sums.sizes["slope"] += math.fsum(map(abs, slopes))
     sums.loss += float(call_loss.detach())
     sums.kl += call_kl / part.divisor
+    sums.sizes["loss"] += size / part.divisor
 
 
 def _logprobs(policy: Any, call: Call, temperature: float) -> torch.Tensor:

@@ -20,15 +20,16 @@ from apr_ray.core.trees_io import read_trees, write_trees
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import replace_directory
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Format 1 knew no options of the loss: the defaults of `KeptStep` and `Reported` are what it did."""
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Format 1 knew no options of the loss: the defaults of `KeptStep` and `Reported` are what it did. Formats 1 and 2 knew
+no slope."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reported:
     """What the learner reported of its first inner step; `delta_*` over trained tokens, in nats; `cut` counts those
-    whose importance weight was truncated or masked."""
+    whose importance weight was truncated or masked; `slope` is `StepStats.slope`, None where it was not kept."""
 
     loss: float
     kl: float
@@ -37,6 +38,7 @@ class Reported:
     delta_mean: float
     delta_max: float
     cut: int = 0
+    slope: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

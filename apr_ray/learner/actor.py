@@ -123,7 +123,7 @@ class LearnerActor:
     def send_weights(self, name: str, version: WeightVersion, piece_numbers: int) -> Any:
         """Rank 0 sends; the others only take part in gathering, to the end even where sending fails."""
         sink, layout = self.sinks.get(name), self.trainer.layout()
-        pieces = self.trainer.weight_pieces(piece_numbers)
+        pieces = self.trainer.weight_pieces(piece_numbers, until_sent=sink.until_sent if sink else lambda: None)
         try:
             if sink is None:
                 return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,8 @@ class StepStats:
         tokens: trained tokens; `clipped` of them had a clipped ratio, `cut` of them a cut importance weight.
         padded_tokens: rows times width over all micro-batches: what the forward pass had to compute.
         grad_norm: before clipping; the same on every rank.
+        slope: Σ logprob × ∂loss/∂logprob over the trained tokens, of GRPO. Its sign is the gradient's, where the loss
+            itself is near 0 on policy, whichever way it is descended.
         mismatch: of the whole batch, the same on every rank; of the first inner step of GRPO only.
     """
 
@@ -52,6 +54,7 @@ class StepStats:
     entropy: float = 0.0
     clipped: int = 0
     cut: int = 0
+    slope: float = 0.0
     mismatch: Mismatch | None = None
 
 
@@ -67,6 +70,7 @@ def merge(parts: Sequence[StepStats]) -> StepStats:
         entropy=sum(p.entropy for p in parts),
         clipped=sum(p.clipped for p in parts),
         cut=sum(p.cut for p in parts),
+        slope=sum(p.slope for p in parts),
         mismatch=parts[0].mismatch,
     )
 
@@ -232,7 +236,9 @@ class Trainer:
             reference_logprobs=rows.reference,
             importance_weights=rows.importance.values if rows.importance else None,
         )
+        logprobs.retain_grad()
         self.engine.backward(result.loss * self.world)
+        assert logprobs.grad is not None
         return StepStats(
             float(result.loss.detach()),
             result.tokens,
@@ -243,6 +249,7 @@ class Trainer:
             result.entropy,
             result.clipped,
             cut=int((rows.importance.cut & (rows.weights != 0)).sum()) if rows.importance else 0,
+            slope=float((logprobs.detach().double() * logprobs.grad).sum()) / self.world,
         )
 
     def _weigh_whole_batch(self, batch: TrainBatch, rows_of: Sequence[Rows], step: GrpoStep, how: Correction) -> None:
@@ -252,7 +259,7 @@ class Trainer:
                 logits = self._logits(self.policy, rows.tokens, step.bf16)
             rows.proximal = token_logprobs(logits, rows.tokens, step.temperature)
         delta = self._delta(batch, rows_of)
-        if not how.applies(measure_mismatch(delta, batch).delta_mean):
+        if not how.applies(measure_mismatch(delta, batch).whole.delta_mean):
             return
         sums = torch.from_numpy(tree_sums(delta, batch)).to(self.device)
         for rows in rows_of:
@@ -377,23 +384,30 @@ class Trainer:
         return layout_of((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named)
 
     @torch.no_grad()
-    def weight_pieces(self, numbers: int, flat: Any = None) -> Iterator[Any]:
+    def weight_pieces(
+        self, numbers: int, flat: Any = None, until_sent: Callable[[], None] = lambda: None
+    ) -> Iterator[Any]:
         """The flat weights piece by piece (`core.weights.pieces_of`): parts of `flat`, an array or a tensor, if given,
-        else in two buffers by turns: a piece is valid until the next but one. At ZeRO stage 3 all ranks must go through
-        all pieces; each is whole only while it is copied.
+        else of memory for two pieces. Below ZeRO stage 3 those are two buffers by turns. At stage 3 the piece that was
+        gathered takes one of them, until it is copied; `until_sent` waits until the other may be written over.
+
+        At stage 3 all ranks must go through all pieces.
         """
         import deepspeed
 
         parameters = dict(trainable_parameters(self.policy))
         pieces = pieces_of(self.layout(), numbers)
         sizes = [sum(spec.size for spec in piece) for piece in pieces]
-        buffers = [] if flat is not None else [np.empty(max(sizes), dtype=np.float32) for _ in sizes[:2]]
+        turns = 1 if self.zero == 3 else 2
+        buffers = [] if flat is not None else [np.empty(max(sizes), dtype=np.float32) for _ in sizes[:turns]]
         for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
             tensors = [parameters[spec.name] for spec in piece]
             start = piece[0].offset
-            into = buffers[number % 2][:size] if flat is None else flat[start : start + size]
+            into = buffers[number % turns][:size] if flat is None else flat[start : start + size]
             with deepspeed.zero.GatheredParameters(tensors, enabled=self.zero == 3):
                 if self.rank == 0:
+                    if len(buffers) == 1:
+                        until_sent()
                     copy_flat(tensors, into)
             yield into
 

@@ -54,12 +54,19 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "train/mismatch/age_{age}/tokens",
         "fraction",
-        "trained tokens drawn under weights so many versions old; only where some were not the learner's own",
+        "trained tokens drawn under weights so many versions old: 0, the learner's own",
     ),
     Metric("train/mismatch/age_{age}/delta_logprob_mean", "nats", "mean |Δ| over those"),
+    Metric("train/mismatch/age_{age}/delta_logprob_max", "nats", "largest |Δ| of those"),
+    Metric("train/mismatch/age_{age}/ratio_outside", "fraction", "those whose ratio exp Δ is outside [1/2, 2]"),
+    Metric("train/mismatch/age_{age}/ratio_p999", "1", "99.9th percentile of their ratio"),
     Metric("rollout/reward", "1", "mean reward of the step's trees"),
     Metric("rollout/zero_variance_groups", "fraction", "groups whose trees all had the same reward, of those used"),
-    Metric("rollout/staleness", "versions", "mean age of the weights that trees were drawn under"),
+    Metric(
+        "rollout/staleness",
+        "versions",
+        "mean over trees of the age of the oldest weights that drew its tokens; each tree's is in samples.jsonl",
+    ),
     Metric(
         "rollout/tokens/{reason}", "tokens", "sampled tokens of the step by what becomes of them (docs/architecture)"
     ),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from apr_ray.core.ledger import Outcome, ThreadTree
 from apr_ray.core.task import SOLVED
+from apr_ray.core.weights import WeightVersion
 
 CUT_OFF = frozenset(
     {
@@ -44,7 +46,34 @@ def failure_reasons(trees: Sequence[ThreadTree]) -> dict[str, float]:
     return {reason: 100 * n / len(trees) for reason, n in sorted(counts.items())}
 
 
-def staleness(trees: Sequence[ThreadTree], counter: int) -> float:
-    """Mean over trees of the age, in versions, of the oldest weights a tree was drawn under."""
-    ages = [max((counter - v.counter for v in t.versions()), default=0) for t in trees]
-    return sum(ages) / max(1, len(ages))
+def ages(tree: ThreadTree, now: WeightVersion) -> tuple[int, int]:
+    """Of the newest and the oldest weights that drew any of its tokens, in versions. Weights that a resume lost are one
+    version older for each resume since."""
+    found = [now.counter - v.counter + now.incarnation - v.incarnation for v in tree.versions()]
+    return min(found, default=0), max(found, default=0)
+
+
+def staleness(trees: Sequence[ThreadTree], now: WeightVersion) -> float:
+    """Mean over trees of the age of their oldest weights."""
+    return sum(ages(tree, now)[1] for tree in trees) / max(1, len(trees))
+
+
+def samples(trees: Sequence[ThreadTree], now: WeightVersion) -> list[dict[str, Any]]:
+    """A row per tree for `samples.jsonl`: what it was, what it came to, and how old the weights were that drew it."""
+    rows = []
+    for tree in trees:
+        newest, oldest = ages(tree, now)
+        rows.append(
+            {
+                "problem": tree.problem_key,
+                "sample": tree.sample,
+                "reward": tree.reward,
+                "verdict": tree.verdict,
+                "tokens": tree.total_tokens,
+                "sequential_tokens": tree.sequential_tokens,
+                "children": tree.children,
+                "age_newest": newest,
+                "age_oldest": oldest,
+            }
+        )
+    return rows

@@ -82,31 +82,48 @@ def masked(logs: torch.Tensor, log_cap: float) -> ImportanceWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class OneVersion:
-    """Trained tokens that one weight version drew, and their mean |Δ| in nats."""
-
-    tokens: int
-    delta_mean: float
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """How far the learner is from what drew a batch, over its trained tokens.
+class Apart:
+    """How far the learner is from what drew some trained tokens.
 
     Attributes:
+        tokens: how many.
         delta_mean, delta_max: of |Δ|, in nats.
         ratio_outside: share of tokens whose ratio exp Δ is outside [1/2, 2].
         ratio_p999: 99.9th percentile of the ratio.
-        tree_max: largest |Σ Δ| of a tree, in nats.
-        versions: by the counter of the weight version that drew the tokens.
     """
 
+    tokens: int
     delta_mean: float
     delta_max: float
     ratio_outside: float
     ratio_p999: float
+
+    @classmethod
+    def of(cls, delta: Array) -> Apart:
+        """From the tokens' Δ; at least one."""
+        size = np.abs(delta)
+        return cls(
+            tokens=len(delta),
+            delta_mean=float(size.mean()),
+            delta_max=float(size.max()),
+            ratio_outside=float((size > math.log(2)).mean()),
+            ratio_p999=float(np.exp(np.quantile(delta, 0.999))),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Of a batch.
+
+    Attributes:
+        whole: over all its trained tokens.
+        tree_max: largest |Σ Δ| of a tree, in nats.
+        versions: by the counter of the weight version that drew the tokens.
+    """
+
+    whole: Apart
     tree_max: float
-    versions: Mapping[int, OneVersion]
+    versions: Mapping[int, Apart]
 
 
 def tree_sums(delta: Array, batch: TrainBatch) -> Array:
@@ -119,16 +136,9 @@ def measure_mismatch(delta: Array, batch: TrainBatch) -> Mismatch:
     """The mismatch of a batch from its Δ [N]; at least one token must carry loss."""
     trained = batch.loss_weights != 0
     signed = delta[trained].astype(np.float64)
-    size = np.abs(signed)
     drawn_by = batch.versions[trained]
     return Mismatch(
-        delta_mean=float(size.mean()),
-        delta_max=float(size.max()),
-        ratio_outside=float((size > math.log(2)).mean()),
-        ratio_p999=float(np.exp(np.quantile(signed, 0.999))),
+        whole=Apart.of(signed),
         tree_max=float(np.abs(tree_sums(delta, batch)).max()),
-        versions={
-            int(v): OneVersion(int((drawn_by == v).sum()), float(size[drawn_by == v].mean()))
-            for v in np.unique(drawn_by)
-        },
+        versions={int(v): Apart.of(signed[drawn_by == v]) for v in np.unique(drawn_by)},
     )

@@ -11,6 +11,7 @@ seeds come from its request, so a tree whose worker died is run again on another
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -57,7 +58,7 @@ class Worker:
     name: str
     actor: Any
     joining: Any = None
-    given: Callable[[], Any] | None = None
+    given: Current | None = None
     log: str = ""
 
 
@@ -80,6 +81,11 @@ class Membership:
     workers: tuple[Worker, ...]
 
 
+Current = Callable[[Sequence[Worker]], Any]
+"""Makes an object reference to a source of the weights that all ready workers run, for one that joins later; it is told
+who is ready then."""
+
+
 class RolloutPool:
     """N rollout workers. Build it with `start`.
 
@@ -93,8 +99,7 @@ class RolloutPool:
         longest_tree_s: how long a tree may run.
 
     Attributes:
-        current: makes an object reference to a source of the weights that all ready workers run, for those that join
-            later; None as long as they run the checkpoint they started on. `now_run` sets it.
+        current: see `Current`; None as long as the workers run the checkpoint they started on. `now_run` sets it.
         restarts: workers replaced so far.
 
     Raises:
@@ -115,7 +120,7 @@ class RolloutPool:
         self.concurrent_trees = concurrent_trees
         self.hire = hire
         self.max_restarts = max_restarts
-        self.current: Callable[[], Any] | None = None
+        self.current: Current | None = None
         self.restarts = 0
         self.epoch = 0
         self.spread_children = spread_children
@@ -170,18 +175,21 @@ class RolloutPool:
         return self._spread([ask("run_tree", request) for request in requests])
 
     def sample_for_check(
-        self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
+        self, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float, timeout_s: float | None = None
     ) -> list[CheckSample]:
         """Short generations of every ready worker: the prompts are dealt out among them, again from the first where
-        there are more workers. One that dies meanwhile is replaced and gives none; where all do, the next are asked."""
+        there are more workers. One that dies meanwhile is replaced and gives none; where all do, the next are asked.
+
+        Raises SyncFailed naming whoever neither answers nor dies within `timeout_s`.
+        """
         ready = self._ready()
         running: dict[Any, tuple[int, Worker]] = {}
         for number in range(max(len(prompts), len(ready))):
             worker, prompt = ready[number % len(ready)], prompts[number % len(prompts)]
             running[worker.actor.sample_for_check.remote(number, prompt, tokens, temperature)] = number, worker
-        made = self._answers(running)
+        made = self._answers(running, timeout_s)
         if not made:
-            return self.sample_for_check(prompts, tokens, temperature)
+            return self.sample_for_check(prompts, tokens, temperature, timeout_s)
         return [
             CheckSample(ready[number % len(ready)].name, prompts[number % len(prompts)], *made[number])
             for number in sorted(made)
@@ -213,11 +221,16 @@ class RolloutPool:
         answers = self._answers({call(worker.actor): (i, worker) for i, worker in enumerate(self._ready())})
         return [answers[i] for i in sorted(answers)]
 
-    def _answers(self, running: dict[Any, tuple[int, Worker]]) -> dict[int, Any]:
+    def _answers(self, running: dict[Any, tuple[int, Worker]], timeout_s: float | None = None) -> dict[int, Any]:
         """What these calls came to, by number; a worker that dies is replaced, its calls have no answer."""
         answers = {}
+        end = time.monotonic() + timeout_s if timeout_s is not None else math.inf
         while running:
-            for reference in self._wait(running):
+            came = self._wait(running, end)
+            if not came and time.monotonic() > end:
+                names = ", ".join(sorted({worker.name for _, worker in running.values()}))
+                raise SyncFailed(f"{names} did not answer within {timeout_s:.0f} s", "Go on with --resume RUN")
+            for reference in came:
                 number, worker = running.pop(reference)
                 try:
                     answers[number] = ray.get(reference)
@@ -250,7 +263,7 @@ class RolloutPool:
             if self.places is not None:
                 self.places.remove()
 
-    def now_run(self, workers: Sequence[Worker], current: Callable[[], Any]) -> None:
+    def now_run(self, workers: Sequence[Worker], current: Current) -> None:
         """These workers run new weights, of which `current` makes a source; whoever is not among them takes it."""
         with self.changing:
             self.current = current
@@ -268,10 +281,11 @@ class RolloutPool:
 
     # --- who is there -----------------------------------------------------------------------------------------------
 
-    def _invited(self, worker: Worker) -> Worker:
-        """Let a worker join; it takes the current weights first."""
+    def _invited(self, worker: Worker, dead: Worker | None = None) -> Worker:
+        """Let a worker join, maybe in a dead one's place; it takes the current weights first."""
         worker.given = self.current
-        worker.joining = worker.actor.join.remote(self.current() if self.current else None)
+        ready = [member for member in self.members if member.joining is None and member not in (worker, dead)]
+        worker.joining = worker.actor.join.remote(self.current(ready) if self.current else None)
         return worker
 
     def _ready(self, least: int = 1) -> list[Worker]:
@@ -328,17 +342,17 @@ class RolloutPool:
         name = f"{worker.name.partition('.')[0]}.{self.restarts}"
         log.warning("%s died: %s; %s takes its place (log: %s)", what, reason(error), name, worker.log)
         place = self.members.index(worker)
-        self.members[place] = self._invited(Worker(name, self.hire(name, place)))
+        self.members[place] = self._invited(Worker(name, self.hire(name, place)), worker)
         self._changed()
 
-    def _wait(self, running: Iterable[Any]) -> list[Any]:
-        """The answers that came; waits until one did or a worker joined."""
+    def _wait(self, running: Iterable[Any], end: float = math.inf) -> list[Any]:
+        """The answers that came; waits until one did, a worker joined or `time.monotonic()` is `end`."""
         awaited = list(running)
         since = told = time.monotonic()
         while True:
             joining = {w.joining: w.name for w in self.members if w.joining is not None}
             references = [*awaited, *joining]  # another thread may have admitted the last that joined
-            if not references or ray.wait(references, num_returns=1, timeout=TICK_S)[0]:
+            if not references or ray.wait(references, num_returns=1, timeout=TICK_S)[0] or time.monotonic() > end:
                 break
             self._tell_who_has_no_place()
             if (now := time.monotonic()) - told >= WAIT_REPORT_S:

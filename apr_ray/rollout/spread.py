@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from apr_ray.core.engine import Chunk, Engine, EngineStats, GenerateRequest
-from apr_ray.core.weights import WeightUpdate
+from apr_ray.core.engine import Chunk, Engine, EngineStats, FinishReason, GenerateRequest
+from apr_ray.core.weights import FIRST_VERSION, WeightUpdate
 from apr_ray.parts import DEAD
 
 
@@ -45,16 +45,21 @@ class SpreadEngine:
         stream = worker.generate.options(num_returns="streaming").remote(request)
         ended = False
         sampled: tuple[int, ...] = ()
+        last = Chunk((), (), FIRST_VERSION)
         try:
             async for reference in stream:
                 chunk = await reference
                 ended = chunk.finish is not None
                 sampled += chunk.token_ids
+                last = chunk
                 yield chunk
         except DEAD:
             if ended:
                 return
             ended = True
+            if end := _end_of(request, sampled):  # only its last, empty chunk was lost
+                yield replace(last, token_ids=(), logprobs=(), finish=end)
+                return
             async for chunk in self.own.generate(_rest_of(request, sampled)):
                 yield chunk
         finally:
@@ -87,6 +92,13 @@ class SpreadEngine:
     async def close(self) -> None:
         """Closes its own engine."""
         await self.own.close()
+
+
+def _end_of(request: GenerateRequest, sampled: tuple[int, ...]) -> FinishReason | None:
+    """Why nothing is left to sample, if so."""
+    if sampled and sampled[-1] in request.sampling.stop_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(sampled) >= request.sampling.max_new_tokens else None
 
 
 def _rest_of(request: GenerateRequest, sampled: tuple[int, ...]) -> GenerateRequest:

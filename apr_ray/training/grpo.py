@@ -19,13 +19,13 @@ from pathlib import Path
 from apr_ray.config import Config, GrpoConfig
 from apr_ray.core.errors import ConfigError, MismatchError
 from apr_ray.core.ledger import Group, ThreadTree
-from apr_ray.core.weights import WeightVersion
+from apr_ray.core.weights import FIRST_VERSION, WeightVersion
 from apr_ray.evaluation.evaluate import tree_seed
 from apr_ray.evaluation.kept_batch import KeptStep, Reported, keep_batch
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.trainer import GrpoStep, StepStats
 from apr_ray.metrics.mismatch import mismatch_metrics
-from apr_ray.metrics.trees import failure_reasons, staleness, tree_metrics
+from apr_ray.metrics.trees import failure_reasons, samples, staleness, tree_metrics
 from apr_ray.model.llama import policy_fingerprint
 from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
@@ -96,15 +96,16 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         raise ConfigError(f"{run.path} began with another policy than {policy}", "Give --init the one it began with")
     state.policy = fingerprint
     run.truncate_metrics(state.metrics_rows)
+    run.truncate_samples(state.step)
     version = WeightVersion.parse(state.version) if found else WeightVersion(run.unused_incarnation(), 0)
     run.use_incarnation(version.incarnation)
     on_disk: Path | None = found[0] / "policy" if found else policy  # where the present weights lie, if they do
     how = GrpoStep.of(grpo)
     with parts_of(config, run, policy, state, bars) as parts:
         learners, pool, watch = parts.learners, parts.pool, parts.watch
-        if found:
+        if version != FIRST_VERSION:  # resumed, maybe before the first checkpoint
             parts.transport.broadcast(learners, pool, version)
-        elif grpo.initial_evaluation and watch.full_evaluation(pool, parts.reward, state):
+        if not found and grpo.initial_evaluation and watch.full_evaluation(pool, parts.reward, state):
             run.keep_policy(policy, "best")
         clock = Clock(state.elapsed_s)
 
@@ -145,6 +146,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 state.elapsed_s = clock.elapsed_s()
                 metrics = step_metrics(trees, made, stats, measured, times, rollout_s, grpo.kl_coefficient > 0)
                 metrics |= {"sync/delta_logprob_mean": delta, "rollout/restarts": float(pool.restarts)}
+                run.log_samples(samples(trees, measured), state.step)
                 watch.log(metrics, state.step)
                 last = done() >= 1  # what comes until the next step is not training
                 note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
@@ -239,8 +241,8 @@ def kept_step(
     reported = None
     if stats and (apart := stats[0].mismatch):
         first = stats[0]
-        deltas = apart.delta_mean, apart.delta_max
-        reported = Reported(first.loss, first.kl, first.grad_norm, first.tokens, *deltas, first.cut)
+        deltas = apart.whole.delta_mean, apart.whole.delta_max
+        reported = Reported(first.loss, first.kl, first.grad_norm, first.tokens, *deltas, first.cut, first.slope)
     return KeptStep(
         step=step,
         version=str(version),
@@ -277,7 +279,7 @@ def step_metrics(
     out = {
         "rollout/reward": sum(t.reward or 0.0 for t in trees) / len(trees),
         "rollout/zero_variance_groups": made.zero_variance_groups / max(1, made.groups),
-        "rollout/staleness": staleness(trees, version.counter),
+        "rollout/staleness": staleness(trees, version),
         "rollout/tokens_per_s": sum(t.total_tokens for t in trees) / rollout_s,
         "rollout/cached_tokens": sum(c.cached_tokens for t in trees for c in t.calls) / max(1, prompt),
         "time/rollout_s": rollout_s,

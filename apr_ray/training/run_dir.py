@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from apr_ray.metrics.names import is_known
 from apr_ray.metrics.rows import FILE, read_rows
 from apr_ray.model.llama import replace_directory
 
+SAMPLES = "samples.jsonl"
 KEPT_CHECKPOINTS = 2
 FULL_BYTES = 1 << 16
 """A disk with less free than this is full."""
@@ -145,6 +146,20 @@ class RunDir:
         """Keep the first lines: a resumed run writes the others again."""
         kept = self.metrics()[:rows]
         _write(self.path / FILE, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def log_samples(self, rows: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Append a line per tree of a step to `samples.jsonl`; see `metrics.trees.samples`."""
+        with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+
+    def truncate_samples(self, step: int) -> None:
+        """Keep those of the first steps, and no line that was cut off."""
+        file = self.path / SAMPLES
+        if file.exists():
+            whole = [
+                line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
+            ]
+            _write(file, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -29,9 +29,10 @@ def check_engines(
         The mean |Δ logprob| per token.
 
     Raises:
+        SyncFailed: a worker does not answer within `weights.timeout_s`.
         MismatchError: a worker's mean is above `weights.mismatch_tolerance`: it does not run the learners' policy.
     """
-    made = pool.sample_for_check(prompts, CHECK_TOKENS, temperature)
+    made = pool.sample_for_check(prompts, CHECK_TOKENS, temperature, config.timeout_s)
     ours = learners.logprobs([(*sample.prompt, *sample.ids) for sample in made], temperature)
     deltas: dict[str, list[float]] = {}
     for sample, reference in zip(made, ours, strict=True):

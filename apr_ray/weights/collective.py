@@ -69,7 +69,7 @@ class CollectiveTransport(Transport):
             calls |= receive([first], source)
             reading |= receive(others, calls[first.name])  # asked before it is there: see `Transport.passed_on`
         wait_for_all(calls, self.config.timeout_s + GRACE_S, what)
-        return Sending(reading, lambda: _held_by_one_of(members.workers, self.config.timeout_s))
+        return Sending(reading, lambda ready: _held_by_one_of(ready, self.config.timeout_s))
 
     def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
         """See `core.weights.WeightTransport.broadcast`."""
@@ -172,6 +172,9 @@ class CollectiveSink:
     place: Place
     store: Any = field(default=None, repr=False)
     group: Any = field(default=None, repr=False)
+    sending: Any = field(default=None, repr=False)
+    """The piece that is on its way."""
+    failure: SyncFailed | None = field(default=None, repr=False)
 
     def open(self) -> tuple[str, int]:
         """Listen on a free port; returns where. The group forms when the first version is sent."""
@@ -189,19 +192,32 @@ class CollectiveSink:
         """Broadcast each piece while the next is gathered, then the checksums up to the end of each."""
         if self.group is None:
             self.group = Group(self.place, self.store)
-        group, running, sums, work = self.group, RunningChecksum(), [], None
+        group, running, sums = self.group, RunningChecksum(), []
         for piece in pieces:
-            if work is not None:
-                group.finish(work)
-            work = group.broadcast(torch.from_numpy(piece).to(group.device))
+            self._require_sent()
+            self.sending = group.broadcast(torch.from_numpy(piece).to(group.device))
             sums.append(running.add(piece))
-        if work is not None:
-            group.finish(work)
+        self._require_sent()
         group.finish(group.broadcast(torch.tensor(sums, dtype=torch.int64, device=group.device)))
+
+    def until_sent(self) -> None:
+        """See `core.weights.WeightSink`. `take` raises what fails here: other ranks still wait for pieces to gather."""
+        work, self.sending = self.sending, None
+        try:
+            if work is not None:
+                self.group.finish(work)
+        except SyncFailed as error:
+            self.failure = error
+
+    def _require_sent(self) -> None:
+        self.until_sent()
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Leave the group."""
-        self.group = self.store = None
+        self.group = self.store = self.sending = None
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ class GpuSink:
         total = checksum_of_tensor(self.buffers[0])  # waits for the GPU
         return GpuSource(_gpu(), self.handles[0], layout, version, total)
 
+    def until_sent(self) -> None:
+        """At once: pieces are parts of `room`."""
+
     def close(self) -> None:
         """Let go of the memory."""
         self.buffers.clear()

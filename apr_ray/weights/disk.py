@@ -92,6 +92,9 @@ class FileSink:
         del self.kept[:-2]
         return FileSource(str(path))
 
+    def until_sent(self) -> None:
+        """At once: pieces are parts of `room`."""
+
     def close(self) -> None:
         """Remove the files."""
         for path in self.kept:

@@ -14,7 +14,7 @@ class NoTransport(Transport):
 
     def send(self, learners: LearnerGroup, members: Membership, version: WeightVersion) -> Sending:
         """Nothing."""
-        return Sending({}, lambda: None)
+        return Sending({}, lambda _: None)
 
     def broadcast(self, learners: LearnerGroup, pool: RolloutPool, version: WeightVersion) -> SyncReport:
         """Nothing either."""

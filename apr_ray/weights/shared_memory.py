@@ -57,6 +57,9 @@ class MemorySink:
             total = running.add(piece)
         return memory_source(WeightUpdate(version, layout, self.buffers[0], total))
 
+    def until_sent(self) -> None:
+        """At once: pieces are parts of `room`."""
+
     def close(self) -> None:
         """Let go of the memory; workers that still map it keep it."""
         self.buffers.clear()

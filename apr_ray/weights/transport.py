@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from apr_ray.core.errors import AprError, SyncFailed
 from apr_ray.core.weights import SyncReport, TensorSpec, WeightSink, WeightVersion
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.parts import DEAD, reason
-from apr_ray.rollout.pool import Membership, RolloutPool, Worker
+from apr_ray.rollout.pool import Current, Membership, RolloutPool, Worker
 
 GRACE_S = 5.0
 """How much later than its parts the driver gives up: a part that waited in vain says best for whom."""
@@ -33,11 +33,11 @@ class Sending:
 
     Attributes:
         calls: an object reference by the name of everyone who takes part; when all are done, all workers have it.
-        current: makes an object reference to a source of it for a worker that joins later.
+        current: makes a source of it for a worker that joins later; see `rollout.pool.Current`.
     """
 
     calls: Mapping[str, Any]
-    current: Callable[[], Any]
+    current: Current
 
 
 class Transport(ABC):
@@ -94,7 +94,7 @@ class Transport(ABC):
         """
         fetching = receive(members.workers, source)
         wait_for_all(sent, self.config.timeout_s, f"the sync of weights {version}")
-        return Sending(fetching, lambda: source)
+        return Sending(fetching, lambda _: source)
 
     def send_into_sink(self, learners: LearnerGroup, version: WeightVersion) -> dict[str, Any]:
         """Start sending the learners' weights into the sink: an object reference by rank."""

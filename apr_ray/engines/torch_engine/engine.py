@@ -19,7 +19,7 @@ import torch
 
 from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.errors import AprError, EngineAsleep
-from apr_ray.core.weights import WeightUpdate, WeightVersion, layout_of
+from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion, layout_of
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, require_plain_llama
 from apr_ray.engines.torch_engine.rows import Rows, Running
@@ -27,7 +27,6 @@ from apr_ray.engines.torch_engine.sampler import sample
 from apr_ray.model.llama import load_weights, read_config
 from apr_ray.model.state import check_update, flatten
 
-FIRST_VERSION = WeightVersion(0, 0)
 PROBED_TOKENS = 16
 GATHER_S = 0.003
 """For how long an idle engine waits for one more request before its first step."""
