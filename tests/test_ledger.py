@@ -25,7 +25,8 @@ def call(path: tuple[int, ...], segment: int, tokens: int) -> Call:
     version = WeightVersion(1, 4)
     return Call(
         path, segment, (1, 2), tuple(range(tokens)), (-0.5,) * tokens, (0,), (Replaced(0, 9, -1.0),), FinishReason.STOP,
-        (VersionSpan(version, 0, tokens),), version, 3, 1, 10.0, 10.1, 11.0, "e",
+        (VersionSpan(version, 0, 1), VersionSpan(version.next(), 1, tokens, version)), version,
+        3, 1, 10.0, 10.1, 11.0, "e",
     )  # fmt: skip
 
 

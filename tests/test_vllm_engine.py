@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from apr_ray.config import EngineConfig, load_config
 from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
@@ -22,6 +24,7 @@ from apr_ray.core.weights import WeightVersion
 from apr_ray.engines import vllm_engine
 from apr_ray.engines.registry import build_engine
 from apr_ray.engines.vllm_engine import VLLMEngine
+from apr_ray.engines.vllm_worker import WorkerExtension
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
 
@@ -266,3 +269,20 @@ def test_what_vllm_cannot_be_given_is_refused(checkpoint: Path, monkeypatch: pyt
     monkeypatch.setattr(vllm_engine, "require_device", lambda device: True)
     with pytest.raises(ConfigError, match=r"engine\.kv_tokens is 100, one full request needs 800"):
         VLLMEngine(checkpoint, kv_tokens=100)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_worker_loads_arrays_and_tensors(checkpoint: Path, on_gpu: bool) -> None:
+    """What `cuda_ipc` brings is a tensor already; here on the CPU."""
+    loaded: dict[str, torch.Tensor] = {}
+
+    def load_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded.update(tensors)
+        return set(loaded)
+
+    came = update(checkpoint)
+    worker = WorkerExtension()
+    worker.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(load_weights=load_weights))
+    assert worker.apr_ray_load(replace(came, flat=torch.from_numpy(came.flat)) if on_gpu else came) == len(came.specs)
+    for name, array in came.state_dict().items():
+        assert torch.equal(loaded[name], torch.from_numpy(array))

@@ -590,9 +590,10 @@ def test_weights_on_a_gpu_are_refused_where_that_gpu_is_not() -> None:
         GpuSource("GPU-7", (), LAYOUT, FIRST, 0).fetch()
     chosen = ["weights.transport=cuda_ipc", "learner.gpus_per_rank=0.5"]
     gpu = ["engine.device=cuda", "rollout.gpus_per_worker=0.5"]
+    server = ["engine.server_urls=[http://localhost:1]", "rollout.workers=1"]
     for given_, missing in (
         (chosen, r"engine\.name is torch, rollout\.gpus_per_worker 0"),
-        ([*chosen, *gpu, "engine.name=vllm"], r"engine\.name is vllm"),
+        ([*chosen, "engine.name=sglang_server", *server], r"engine\.name is sglang_server"),
         ([*chosen[:1], *gpu], r"learner\.gpus_per_rank is 0"),
         ([*chosen, *gpu, "rollout.workers=2"], r"they reserve 1\.5: lower"),
         ([*chosen, *gpu, "placement.mode=colocated", "learner.ranks=3"], r"they reserve 1\.5: lower"),
@@ -714,8 +715,10 @@ def test_versions_of_trees_under_each_mode(
         assert all(len(tree.versions()) == 1 for tree in trees)
     else:
         assert max(spans) > 1, "no call saw two versions: the test would prove nothing"
-    kept = [call for call in calls if call.kv_version < call.versions[-1].version]
-    assert bool(kept) == (mode == "in_flight")
+    on_older_kv = [span for call in calls for span in call.versions if span.kv is not None]
+    assert bool(on_older_kv) == (mode == "in_flight")
+    assert all(span.kv is not None and span.kv < span.version for span in on_older_kv)
+    assert all(call.versions[0].kv is None for call in calls), "a call begins on KV of the weights that draw it"
     assert all(call.finish is not FinishReason.ERROR for call in calls)
 
 

@@ -201,8 +201,7 @@ def _timed(
     expected = pack_weights(trainable_parameters(policy), WeightVersion(0, 0)).checksum
     version = WeightVersion(0, 0)
     options = {"folder": f"{folder}/weights"}
-    on_a_gpu = config.learner.gpus_per_rank and config.engine.name != "vllm"
-    names = (*TRANSPORTS, *(ON_A_GPU if on_a_gpu else ()))
+    names = (*TRANSPORTS, *(ON_A_GPU if config.learner.gpus_per_rank else ()))
     transports = {
         name: build_transport(config.weights.model_copy(update={"transport": name, **options})) for name in names
     }

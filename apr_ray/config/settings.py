@@ -72,9 +72,9 @@ class Config(Section):
     def _weights_stay_on_a_gpu(self) -> Config:
         if self.weights.transport != "cuda_ipc":
             return self
-        if self.engine.name not in ("torch", "sglang") or not self.rollout.gpus_per_worker:
+        if self.engine.name == "sglang_server" or not self.rollout.gpus_per_worker:
             raise ValueError(
-                "weights.transport cuda_ipc needs engine torch or sglang on a GPU: engine.name is"
+                "weights.transport cuda_ipc needs an engine of the workers' own on a GPU: engine.name is"
                 f" {self.engine.name}, rollout.gpus_per_worker {self.rollout.gpus_per_worker:g}"
             )
         if not self.learner.gpus_per_rank:

@@ -72,11 +72,12 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Sampled tokens [start, end) of a call were drawn under `version`."""
+    """Sampled tokens [start, end) of a call were drawn under `version`; `kv`: see `Chunk.kv_version`."""
 
     version: WeightVersion
     start: int
     end: int
+    kv: WeightVersion | None = None
 
 
 @dataclass(frozen=True, slots=True)

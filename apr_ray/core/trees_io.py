@@ -59,7 +59,7 @@ def _call_to_json(call: Call) -> dict[str, Any]:
         "forced": call.forced,
         "replaced": [[r.position, r.token_id, r.logprob] for r in call.replaced],
         "finish": call.finish.value,
-        "versions": [[str(s.version), s.start, s.end] for s in call.versions],
+        "versions": [[str(s.version), s.start, s.end, *([str(s.kv)] if s.kv else [])] for s in call.versions],
         "kv_version": str(call.kv_version),
         "seed": call.seed,
         "cached_tokens": call.cached_tokens,
@@ -121,7 +121,10 @@ def _call_from_json(data: dict[str, Any]) -> Call:
         forced=tuple(data["forced"]),
         replaced=tuple(Replaced(p, t, lp) for p, t, lp in data["replaced"]),
         finish=FinishReason(data["finish"]),
-        versions=tuple(VersionSpan(WeightVersion.parse(v), s, e) for v, s, e in data["versions"]),
+        versions=tuple(
+            VersionSpan(WeightVersion.parse(version), start, end, *map(WeightVersion.parse, kv))
+            for version, start, end, *kv in data["versions"]
+        ),
         kv_version=WeightVersion.parse(data["kv_version"]),
         seed=data["seed"],
         cached_tokens=data["cached_tokens"],

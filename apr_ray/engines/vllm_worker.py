@@ -26,9 +26,11 @@ class WorkerExtension:
     def apr_ray_load(self, update: WeightUpdate) -> int:
         """Copy every tensor of an update into the model's own parameters; returns how many it had.
 
+        They are arrays, or tensors on this GPU (`weights.transport=cuda_ipc`).
+
         Not `reload_weights`: on a CPU with tied embeddings that one leaves the output layer as it was.
         """
-        tensors = ((name, torch.from_numpy(array)) for name, array in update.state_dict().items())
+        tensors = ((name, torch.as_tensor(part)) for name, part in update.state_dict().items())
         with torch.no_grad():
             return len(self.model_runner.get_model().load_weights(tensors))
 
