@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations_with_replacement, product
 from typing import Any
@@ -203,14 +203,18 @@ def estimate(
     proximal: Array | None = None,
     correction: Correction | None = None,
     advantage_kind: AdvantageKind = "group",
+    temperature: float = 1.0,
+    skip: bool = False,
 ) -> tuple[Array, Any]:
     """Minus the gradient of the loss of a batch of groups, by the real code, and the loss. With a proximal policy the
-    ratio is against it."""
+    ratio is against it; with `skip` trees without advantage are left out of the batch."""
     drawn_groups = [
         Group("p", tuple(change(ledger(tree, probabilities(behaviour))) for tree in group)) for group in groups
     ]
-    made = grpo_batch(drawn_groups, skip_zero_advantage=False, loss_mean=loss_mean, advantage_kind=advantage_kind)
+    made = grpo_batch(drawn_groups, skip_zero_advantage=skip, loss_mean=loss_mean, advantage_kind=advantage_kind)
     batch = made.batch
+    if not len(batch):
+        return np.zeros_like(policy), None
     logits = torch.tensor(policy, requires_grad=True)
     tokens = padded(batch, batch.tokens)
     seen = table_logits(logits, tokens)
@@ -226,7 +230,7 @@ def estimate(
             sums = torch.from_numpy(tree_sums(flat, batch)[batch.trees])
             importance = importance_weights(delta, correction, sums).values
     result = grpo_loss(
-        token_logprobs(seen, tokens),
+        token_logprobs(seen, tokens, temperature),
         old,
         padded(batch, batch.advantages),
         weights,
@@ -300,6 +304,30 @@ def test_on_policy_over_trees_it_is_the_covariance_of_reward_and_weighted_score(
     rate = mean_over(TREES, p, lambda tree: tree.reward)
     exact = mean_over(TREES, p, lambda tree: (tree.reward - rate) * weighted(tree, p)) / (1 + 2 * Z_SCORE_EPS)
     close(on_policy(), exact)
+
+
+@pytest.mark.parametrize("loss_mean", ["call", "tree", "token"])
+def test_trees_without_advantage_may_be_left_out(loss_mean: LossMean) -> None:
+    """As they are where there is no KL term: their share of every mean stays, group by group."""
+    groups = list(combinations_with_replacement(TREES, 2))[::11]
+    batch = [group for group in groups if len({tree.reward for tree in group}) == 2][:3] + groups[:2]
+    assert any(len({tree.reward for tree in group}) == 1 for group in batch)
+    whole, without = (estimate(batch, POLICY, POLICY, loss_mean=loss_mean, skip=skip)[0] for skip in (False, True))
+    close(without, whole)
+    for group in groups:
+        whole, without = (
+            estimate([group], POLICY, POLICY, loss_mean=loss_mean, skip=skip)[0] for skip in (False, True)
+        )
+        np.testing.assert_allclose(without, whole, rtol=0, atol=TOLERANCE)
+
+
+def test_at_another_temperature_it_is_the_same_of_the_policy_that_is_sampled() -> None:
+    temperature = 1.7
+    p = probabilities(POLICY / temperature)
+    rate = mean_over(TREES, p, lambda tree: tree.reward)
+    exact = mean_over(TREES, p, lambda tree: (tree.reward - rate) * weighted(tree, p)) / temperature
+    found = expected(TREES, 2, POLICY, POLICY / temperature, temperature=temperature)
+    close(found, exact / (1 + 2 * Z_SCORE_EPS))
 
 
 def test_length_normalisation_is_a_bias_and_its_size_is_that_of_the_formula() -> None:
@@ -599,8 +627,6 @@ def test_a_replaced_token_is_missing_from_the_gradient() -> None:
     p = probabilities(POLICY)
 
     def take_back(tree: ThreadTree) -> ThreadTree:
-        from dataclasses import replace
-
         call = tree.calls[0]
         if call.sampled_ids[0] != ON:
             return tree
@@ -616,6 +642,24 @@ def test_a_replaced_token_is_missing_from_the_gradient() -> None:
     rate = mean_over(two_tokens, p, lambda tree: tree.reward)
     exact = mean_over(two_tokens, p, lambda tree: (tree.reward - rate) * kept(tree)) / (1 + 2 * Z_SCORE_EPS)
     close(expected(two_tokens, 2, POLICY, POLICY, change=take_back), exact)
+
+
+def test_an_aborted_call_is_missing_from_the_gradient_and_from_its_trees_mean() -> None:
+    """As siblings of a child that solved are with `bounds.cancel_on_success`: here the first child, in every tree."""
+    p = probabilities(POLICY)
+
+    def abort(tree: ThreadTree) -> ThreadTree:
+        return replace(
+            tree, calls=tuple(replace(c, finish=FinishReason.ABORTED) if c.path == (0,) else c for c in tree.calls)
+        )
+
+    def kept(tree: Toy) -> Array:
+        calls = [call for i, call in enumerate(drawn(tree)) if i != 1 or len(tree.calls) == 1]
+        return sum(score(r, t, p) / (len(call) * len(calls)) for call in calls for r, t in call)  # type: ignore[return-value]
+
+    rate = mean_over(TREES, p, lambda tree: tree.reward)
+    exact = mean_over(TREES, p, lambda tree: (tree.reward - rate) * kept(tree)) / (1 + 2 * Z_SCORE_EPS)
+    close(expected(TREES, 2, POLICY, POLICY, change=abort), exact)
 
 
 @pytest.mark.parametrize("mask_prompt", [False, True])
