@@ -12,8 +12,9 @@ import ray
 
 from apr_ray.core.errors import PartDied
 
-DEAD = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
-"""What Ray raises for an answer that will not come: the actor died, or the machine that held its answer did."""
+DEAD = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError)
+"""What Ray raises for an answer that will not come: the actor died, Ray killed it as its machine ran out of memory, or
+the machine that held its answer died."""
 REASON_WIDTH = 200
 
 
@@ -44,6 +45,9 @@ def own_log() -> str:
 
 def reason(error: Exception) -> str:
     """Why an actor died, as Ray tells it: the first sentences of its last line."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        used = re.search(r"\d\S* used / \d[^\s.]*(\.\d+\w+)?", str(error))
+        return f"its machine ran out of memory ({used[0]})" if used else "its machine ran out of memory"
     sentences = re.split(r"(?<=\.) ", str(error).strip().splitlines()[-1])
     text = sentences.pop(0)
     while sentences and len(text) + len(sentences[0]) < REASON_WIDTH:

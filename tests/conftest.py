@@ -6,8 +6,9 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import hypothesis
 import pytest
@@ -129,6 +130,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engines", metavar="NAMES", default="torch,sglang", help="engines to hold to the interface")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where those of them compute that can")
     parser.addoption("--conformance-table", metavar="FILE", help="also write the engines' table to a Markdown file")
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed, as in CI")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest's own, which makes a skip of an expected failure
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return not_skipped(item.config, (yield))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return not_skipped(collector.config, (yield))
+
+
+R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
+
+
+def not_skipped(config: pytest.Config, report: R) -> R:
+    """With `--no-skips`, a skip as a failure, which is made where the test runs: pytest-xdist then knows of it."""
+    if report.skipped and not hasattr(report, "wasxfail") and config.getoption("--no-skips"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"{reason} (--no-skips)"
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
@@ -148,7 +173,7 @@ def conformance_table(reporter: TerminalReporter) -> str:
     engines: list[str] = []
     for outcome in ("passed", "failed", "error"):
         for report in reporter.stats.get(outcome, []):
-            properties = dict(report.user_properties)
+            properties = dict(getattr(report, "user_properties", ()))  # a file that is not collected has none
             if "check" not in properties or (outcome == "passed" and report.when != "call"):
                 continue
             check, engine = str(properties["check"]), str(properties["engine"])
@@ -170,7 +195,17 @@ def conformance_table(reporter: TerminalReporter) -> str:
     return "\n".join(lines)
 
 
-LONGEST = ("pipeline", "engine_conformance", "deaths", "weights", "placement", "jobs", "learner", "bench")
+LONGEST = (
+    "pipeline",
+    "engine_conformance",
+    "deaths",
+    "weights",
+    "engine_pool",
+    "placement",
+    "jobs",
+    "learner",
+    "bench",
+)
 """Files that take minutes begin first: two processes share the files, and neither should end long after the other."""
 
 

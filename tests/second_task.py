@@ -1,7 +1,9 @@
-"""A second task in one file, nothing like Countdown: add digits by giving each half to a child.
+"""A second task in one file, nothing like Countdown: the largest digit, by giving the first and the rest to children.
 
-S3141=[31][41]     the parent spawns          A31=4.   A41=5.     the children
-S3141={4}{5}9.     their sums in place of the spawn, then the parent's answer
+M314=[3][14]     the parent spawns          m3=3.   m14=4.     the children
+M314={3}{4}4.    their answers in place of the spawn, then the parent's
+
+It has 50 lines of code: imports, docstrings and blank lines not counted (a test counts them).
 """
 
 from __future__ import annotations
@@ -9,16 +11,30 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import StringConstraints
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome, Outcome
-from apr_ray.core.task import ChildResult, ChildSpec, Demonstration, DemonstrationSet, SpawnRequest, ThreadEnd, Verdict
+from apr_ray.core.task import (
+    ChildResult,
+    ChildSpec,
+    DataclassProblem,
+    Demonstration,
+    DemonstrationSet,
+    SpawnJoinProtocol,
+    SpawnRequest,
+    Task,
+    ThreadEnd,
+    Verdict,
+)
 
-ALPHABET = "0123456789SA=[]{}."
+ALPHABET = "123456789Mm=[]{}."
 
 
 class Characters:
@@ -37,102 +53,57 @@ class Characters:
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
-    digits: str
-
-    @property
-    def key(self) -> str:
-        return self.digits
-
-    def to_json(self) -> Mapping[str, Any]:
-        return {"digits": self.digits}
+class Digits(DataclassProblem):
+    digits: Annotated[str, StringConstraints(pattern="^[1-9]{2,}$")]
 
 
-def total(digits: str) -> int:
-    return sum(map(int, digits))
-
-
-class SumProtocol:
-    stop_ids, max_depth = frozenset({Characters.eos_id}), 1
-
-    def __init__(self, characters: Characters) -> None:
-        self.encode, self.text = characters.encode, characters.decode
-
+class LargestProtocol(SpawnJoinProtocol):
     def root_prompt(self, problem: Any, budget: int | None = None) -> tuple[int, ...]:
-        return tuple(self.encode(f"S{problem.digits}="))
-
-    def forced_replacement(self, token_id: int) -> int | None:
-        return None
+        return self.encode(f"M{problem.digits}=")
 
     def read_call(self, context: Sequence[int], sampled: Sequence[int], depth: int) -> SpawnRequest | ThreadEnd:
         text = self.text(sampled)
-        if "[" not in text:
-            return ThreadEnd(Outcome.ANSWERED if re.fullmatch(r"\d+\.", text) else Outcome.NO_ANSWER)
-        halves = re.fullmatch(r"\[(\d+)\]\[(\d+)\]", text)
-        if halves is None:
-            return ThreadEnd(Outcome.INVALID_SPAWN, "not_two_halves")
-        return SpawnRequest(tuple(ChildSpec(tuple(self.encode(f"A{h}=")), h) for h in halves.groups()), 0)
+        if parts := re.fullmatch(r"\[(\d)\]\[(\d+)\]", text):
+            return SpawnRequest(tuple(ChildSpec(self.encode(f"m{part}="), part) for part in parts.groups()), 0)
+        if "[" in text:
+            return ThreadEnd(Outcome.INVALID_SPAWN, "not_two_parts")
+        return ThreadEnd(Outcome.ANSWERED if re.fullmatch(r"\d\.", text) else Outcome.NO_ANSWER)
 
     def read_child(self, context: Sequence[int], sampled: Sequence[int]) -> ChildResult:
-        found = re.fullmatch(r"(\d+)\.", self.text(sampled))
+        found = re.fullmatch(r"(\d)\.", self.text(sampled))
         return ChildResult(JoinOutcome.SOLVED, found[1]) if found else ChildResult(JoinOutcome.NO_SOLUTION)
 
     def join_ids(self, request: SpawnRequest, results: Sequence[ChildResult], depth: int) -> tuple[int, ...]:
-        return tuple(self.encode("".join(f"{{{result.message}}}" for result in results)))
+        return self.encode("".join(f"{{{result.message}}}" for result in results))
 
 
 @dataclass(frozen=True, slots=True)
-class SumOptions:
+class LargestOptions:
     length: int = 4
 
 
-class SumTask:
-    name, options_type = "sum", SumOptions
-
-    def __init__(self, options: SumOptions) -> None:
-        self.length = options.length
+class LargestTask(Task):
+    name, options_type, problem_type = "largest", LargestOptions, Digits
 
     def problems(self, split: str, count: int, seed: int) -> list[Any]:
-        rng, found = random.Random(f"{split}{seed}"), dict[str, Sum]()
-        while len(found) < count:
-            digits = "".join(rng.choices("123456789", k=self.length))
-            if (total(digits) % 5 == 0) == (split != "train"):
-                found[digits] = Sum(digits)
-        return list(found.values())
-
-    def problem_from_json(self, data: Mapping[str, Any]) -> Sum:
-        return Sum(data["digits"])
+        every = map("".join, product("123456789", repeat=self.options.length))
+        ours = [Digits(digits) for digits in every if (int(digits) % 7 == 0) == (split != "train")]
+        if count > len(ours):
+            raise AprError(f"split {split!r} holds {len(ours)} problems, {count} were asked for", "Raise the length")
+        return random.Random(f"{split}{seed}").sample(ours, count)
 
     def tokenizer(self) -> Characters:
         return Characters()
 
-    def load_tokenizer(self, directory: str) -> Characters:
-        if json.loads((Path(directory) / "alphabet.json").read_text()) != ALPHABET:
-            raise AprError("another alphabet", "Train with this one")
-        return Characters()
-
-    def protocol(self, tokenizer: Any) -> SumProtocol:
-        return SumProtocol(tokenizer)
+    def protocol(self, tokenizer: Any) -> LargestProtocol:
+        return LargestProtocol(tokenizer)
 
     def demonstrate(self, problem: Any, solver_seed: int) -> DemonstrationSet:
-        digits = problem.digits
-        halves = [digits[: len(digits) // 2], digits[len(digits) // 2 :]]
-        joined = "".join(f"{{{total(half)}}}" for half in halves)
-        root, calls = f"S{digits}=", [(f"A{half}=", f"{total(half)}.") for half in halves]
-        sequences = [Demonstration(root, "".join(f"[{half}]" for half in halves), "parent", (), 0, root)]
-        sequences += [Demonstration(p, text, "child", (i,), 0, p) for i, (p, text) in enumerate(calls)]
-        sequences.append(Demonstration(root + joined, f"{total(digits)}.", "parent", (), 1, root))
-        return DemonstrationSet(problem, solver_seed, True, tuple(sequences))
+        root, first, rest = f"M{problem.digits}=", problem.digits[:1], problem.digits[1:]
+        children = [Demonstration(f"m{part}=", f"{max(part)}.", path=(i,)) for i, part in enumerate((first, rest))]
+        answers = Demonstration(f"{root}{{{first}}}{{{max(rest)}}}", f"{max(first, *rest)}.", segment=1, given=root)
+        return DemonstrationSet(True, (Demonstration(root, f"[{first}][{rest}]"), *children, answers))
 
     def verify(self, problem: Any, text: str) -> Verdict:
-        solved = re.split("[=}]", text)[-1] == f"{total(problem.digits)}."
-        return Verdict(solved, "solved" if solved else "wrong_sum")
-
-    def describe(self, problem: Any) -> str:
-        return str(problem.digits)
-
-    def problem_from_text(self, text: str) -> Sum:
-        return Sum(text.strip())
-
-    def require_solvable(self, problem: Any) -> None:
-        """Every sum has an answer."""
+        solved = re.search(rf"[=}}]{max(problem.digits)}\.$", text)
+        return Verdict(True, "solved") if solved else Verdict(False, "wrong_digit")

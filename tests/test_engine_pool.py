@@ -6,7 +6,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from apr_ray.bench.sglang_process import Server, sglang_server
 from apr_ray.config import Config, EngineConfig, WeightsConfig
 from apr_ray.core.errors import MismatchError, PartDied
-from apr_ray.core.ledger import Outcome
+from apr_ray.core.ledger import Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import load_policy, parameter_count
 from apr_ray.model.state import pack_weights, trainable_parameters
@@ -118,46 +120,92 @@ def test_trees_sync_and_check(pool: RolloutPool, config: Config, checkpoint: Pat
     assert all(s.sampled_tokens > 0 and s.active_requests == 0 for s in stats)
 
 
-def processes_of(pool: RolloutPool, worker: int) -> tuple[int, tuple[int, ...]]:
-    """The ids of a worker's own process and of its engine's."""
-    ask = pool.workers[worker].__ray_call__.remote(lambda self: (os.getpid(), self.engine.process_ids))
-    found: tuple[int, tuple[int, ...]] = ray.get(ask)
-    return found
+@dataclass(frozen=True)
+class Victim:
+    """A worker amid its trees.
+
+    Attributes:
+        name: its own.
+        process: its process.
+        below: all that it has started, its engine among them.
+        engine: ids of the engine's own.
+        begun: trees that it has begun.
+        drawing: comes to the trees, by their places among those asked for.
+    """
+
+    name: str
+    process: psutil.Process
+    below: list[psutil.Process]
+    engine: tuple[int, ...]
+    begun: int
+    drawing: Future[dict[int, ThreadTree]]
+
+    def assert_all_gone(self) -> None:
+        end = time.monotonic() + GONE_S
+        while left := [process for process in (self.process, *self.below) if runs(process)]:
+            assert time.monotonic() < end, f"{left} outlived their worker"
+            time.sleep(0.1)
 
 
-def wait_until_gone(pids: Sequence[int]) -> None:
-    end = time.monotonic() + GONE_S
-    while left := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < end, f"{left} outlived their worker"
-        time.sleep(0.1)
+def runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
-@pytest.mark.slow
+TREES = 12
+
+
+@contextmanager
+def amid_trees(pool: RolloutPool, task: CountdownTask) -> Iterator[Victim]:
+    """The pool's only worker, while several requests of its trees have tokens and none of them has all."""
+    requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", TREES, 0))]
+    (member,) = pool.members
+    with ThreadPoolExecutor(1) as beside:
+        drawing = beside.submit(lambda: dict(pool.run(requests)))
+        end = time.monotonic() + GONE_S
+        while ray.get(member.actor.stats.remote()).active_requests < 3:
+            assert time.monotonic() < end, "its trees do not run"
+        ask = member.actor.__ray_call__.remote(
+            lambda self: (os.getpid(), getattr(self.engine, "process_ids", ()), self.started)
+        )
+        pid, engine, begun = ray.get(ask)
+        process = psutil.Process(pid)
+        yield Victim(member.name, process, process.children(recursive=True), engine, begun, drawing)
+
+
 def test_a_worker_ends_with_its_scheduler(pool: RolloutPool, checkpoint: Path, task: CountdownTask) -> None:
-    """Ray sees a dead actor, not one that answers nothing; the one in its place runs the version that was sent."""
+    """Killed amid trees. Ray sees a dead actor, not one that answers nothing; the one in its place runs the version
+    that was sent, and draws the trees that were lost."""
     learner, version = PolicyInHand(load_policy(checkpoint)), WeightVersion(0, 2)
     ObjectStoreTransport(WeightsConfig()).broadcast(learner, pool, version)  # type: ignore[arg-type]
-    worker, engine = processes_of(pool, 0)
-    os.kill(engine[0], signal.SIGKILL)
-    wait_until_gone([worker, *engine])
-    trees = [tree for _, tree in pool.run([TreeRequest(p) for p in task.problems("train", 2, 0)])]
-    assert {v for tree in trees for v in tree.versions()} == {version}
-    assert pool.restarts == 1
+    restarts = pool.restarts
+    with amid_trees(pool, task) as worker:
+        os.kill(worker.engine[0], signal.SIGKILL)
+        trees = worker.drawing.result()
+    worker.assert_all_gone()
+    assert sorted(trees) == list(range(TREES))
+    assert all(tree.outcome is not Outcome.ENGINE_ERROR for tree in trees.values())
+    assert {v for tree in trees.values() for v in tree.versions()} == {version}
+    kept = [tree for tree in trees.values() if worker.name in {call.engine_id for call in tree.calls}]
+    assert len(kept) < worker.begun, "no tree was lost: the kill came too late to prove anything"
+    assert pool.restarts == restarts + 1
 
 
-@pytest.mark.slow
 def test_a_killed_worker_leaves_no_scheduler(pool: RolloutPool, task: CountdownTask) -> None:
-    worker, engine = processes_of(pool, 0)
-    assert len(engine) >= 2
-    os.kill(worker, signal.SIGKILL)
-    wait_until_gone([worker, *engine])
     only = RolloutPool([pool.workers[0]], 4)
-    with pytest.raises(PartDied):
-        list(only.run([TreeRequest(p) for p in task.problems("train", 2, 0)]))
+    with amid_trees(only, task) as worker:
+        assert len(worker.engine) >= 2
+        worker.process.kill()
+        with pytest.raises(PartDied):
+            worker.drawing.result()
+    worker.assert_all_gone()
 
 
 def test_a_worker_ends_with_its_server(pool: RolloutPool, task: CountdownTask) -> None:
     """The one in its place finds no server either, which is not tried again."""
-    os.killpg(SERVERS[-1].process.pid, signal.SIGKILL)
-    with pytest.raises(PartDied, match=r"did not start: .*no SGLang server at http"):
-        list(pool.run([TreeRequest(p) for p in task.problems("train", 2, 0)]))
+    with amid_trees(pool, task) as worker:
+        os.killpg(SERVERS[-1].process.pid, signal.SIGKILL)
+        with pytest.raises(PartDied, match=r"did not start: .*no SGLang server at http"):
+            worker.drawing.result()
+    worker.assert_all_gone()

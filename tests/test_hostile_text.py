@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import re
 import time
 from collections.abc import Callable
 from functools import cache
+from timeit import timeit
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 from apr_ray.config import BoundsConfig
 from apr_ray.core.engine import GenerateRequest
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import JoinOutcome, Outcome, ThreadTree
+from apr_ray.core.ledger import Disposition, JoinOutcome, Outcome, ThreadTree
 from apr_ray.core.task import ChildResult, SpawnRequest, ThreadEnd
 from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
 from apr_ray.tasks.countdown import grammar, spawn_join
@@ -43,6 +45,7 @@ VERDICTS = {
     "bad_arithmetic", "wrong_numbers", "wrong_node", "wrong_target", "unfinished", "trailing_text",
 }  # fmt: skip
 SPAWN_REASONS = {"spawn_unclosed", "spawn_malformed", "spawn_empty", "spawn_unknown_node"}
+REOPENED = "spawn_reopened"  # named by the runtime, the others by the protocol
 CHILD_REASONS = {"", "bad_message", "text_too_long"}
 
 
@@ -255,7 +258,7 @@ def test_the_fuzzer_comes_everywhere() -> None:
     trees = [check_tree(random.Random(seed), 4) for seed in range(1500)]
     details = {tree.detail for tree in trees if tree.outcome is Outcome.INVALID_SPAWN}
     joined = {(o, r) for t in trees for j in t.joins for o, r in zip(j.outcomes, j.reasons, strict=True)}
-    assert details == SPAWN_REASONS
+    assert details == {*SPAWN_REASONS, REOPENED}
     assert (JoinOutcome.SOLVED, "") in joined
     assert {"", "bad_message", "invalid_spawn", "truncated"} <= {reason for _, reason in joined}
     assert {Outcome.ANSWERED, Outcome.NO_ANSWER, Outcome.TRUNCATED, Outcome.BOUND_CHILDREN} <= {
@@ -322,36 +325,113 @@ FAMILIES: dict[str, Callable[[int], str]] = {
 }
 
 
-def work(text: str) -> float:
-    """CPU seconds of everything that reads a text, the least of three times."""
+SMALL_CHARS = 8_000
+TIMES = 8
+MOST_GROWTH = 2.0
+LEAST_S = 0.005
+
+
+def readers(text: str) -> dict[str, Callable[[], object]]:
+    """Everything that reads a text, each to be timed alone: a slow one would hide the others."""
     own, opening, block = text.partition(SPAWN_OPEN)
-    ids = None
     protocol = CountdownProtocol(TOKENIZER)
+    found: dict[str, Callable[[], object]] = {
+        "encode": refusing(lambda: TOKENIZER.encode(text)),
+        "parse_trace": refusing(lambda: parse_trace(text)),
+        "verify_solution": lambda: verify_solution(PROBLEM, text),
+        "child_result": lambda: spawn_join.child_result(text),
+        "generated_states": lambda: spawn_join.generated_states(text),
+        "read_spawn_block": refusing(lambda: spawn_join.read_spawn_block(opening + block, own, 1)),
+    }
     with contextlib.suppress(AprError):
         ids = TOKENIZER.encode(text)
-    best = float("inf")
-    for _ in range(3):
-        start = time.process_time()
-        with contextlib.suppress(TraceError):
-            parse_trace(text)
-        verify_solution(PROBLEM, text)
-        spawn_join.child_result(text)
-        spawn_join.generated_states(text)
-        with contextlib.suppress(SpawnError):
-            spawn_join.read_spawn_block(opening + block, own, 1)
-        if ids is not None:
-            protocol.read_call((), ids, 0)
-            protocol.read_child((), ids)
-        best = min(best, time.process_time() - start)
-    return best
+        found["read_call"] = lambda: protocol.read_call((), ids, 0)
+        found["read_child"] = lambda: protocol.read_child((), ids)
+    return found
+
+
+def refusing(read: Callable[[], object]) -> Callable[[], None]:
+    def reader() -> None:
+        with contextlib.suppress(AprError, TraceError, SpawnError):
+            read()
+
+    return reader
+
+
+def calls_in(work: Callable[[], object], least_s: float) -> int:
+    """How many calls take at least so many CPU seconds."""
+    calls = 1
+    while timeit(work, number=calls, timer=time.process_time) < least_s:
+        calls *= 2
+    return calls
+
+
+def growth(small: Callable[[], object], large: Callable[[], object], times: float) -> float:
+    """CPU time of `large`, over that of `small` and `times` its size: 1 if time is linear, `times` if it is quadratic.
+
+    Both are timed in turn, for at least `LEAST_S`; the least of two rounds counts, of more where that looks too much.
+    """
+    best: dict[Callable[[], object], float] = {small: math.inf, large: math.inf}
+    calls = {work: calls_in(work, LEAST_S) for work in best}
+    for round_number in range(8):
+        for work in best:
+            took = timeit(work, number=calls[work], timer=time.process_time) / calls[work]
+            best[work] = min(best[work], took)
+        found = best[large] / best[small] / times
+        if round_number > 0 and found < MOST_GROWTH:
+            break
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reading_takes_time_linear_in_the_text(family: str) -> None:
-    """Ten times the text may take at most 25 times the time; a quadratic reader would take 100 times."""
+    """Eight times the text may take twice the time per character; a quadratic reader would take eight times."""
     build = FAMILIES[family]
-    small, large = work(build(300)), work(build(3000))
-    assert large < 25 * small + 0.02, f"{small:.4f} s, then {large:.4f} s"
+    n = SMALL_CHARS * 100 // len(build(100))
+    small, large = build(n), build(TIMES * n)
+    assert len(large) <= grammar.MAX_TEXT_CHARS, "it would be refused unread"
+    for (name, read_small), read_large in zip(readers(small).items(), readers(large).values(), strict=True):
+        found = growth(read_small, read_large, len(large) / len(small))
+        assert found < MOST_GROWTH, f"{name}: {found:.1f} times the time per character"
+
+
+def join_tags(tokens: int) -> Callable[[], ThreadTree]:
+    """A tree whose root writes that many tokens, and after them nothing but the tag that only the runtime may write."""
+    newline, tag = TOKENIZER.encode("\n")[0], TOKENIZER.tag_ids[JOIN_OPEN]
+    protocol = CountdownProtocol(TOKENIZER)
+    bounds = BoundsConfig(max_call_tokens=2 * tokens, max_tree_tokens=2 * tokens)
+    root = protocol.root_prompt(PROBLEM)
+
+    def work() -> ThreadTree:
+        def script(request: GenerateRequest) -> Reply:
+            engine.requests.clear()  # a quadratic runtime would fill the memory before it has taken its time
+            return Reply([newline] * tokens + [tag] if request.prompt_ids == root else [tag])
+
+        engine = ScriptedEngine(script, context_tokens=4 * tokens)
+        return asyncio.run(run_tree(engine, protocol, TreeRequest(PROBLEM), bounds, tree_id="t"))
+
+    return work
+
+
+def test_running_takes_time_linear_in_the_tokens() -> None:
+    """Regression: each tag was a new request with the whole prefix, without end."""
+    found = growth(join_tags(4000), join_tags(TIMES * 4000), TIMES)
+    assert found < MOST_GROWTH, f"{found:.1f} times the time per token"
+
+
+def test_a_call_goes_on_after_one_forced_token_and_ends_at_the_second() -> None:
+    tag = TOKENIZER.tag_ids[JOIN_OPEN]
+    engine = ScriptedEngine(lambda request: Reply([tag]))
+    protocol = CountdownProtocol(TOKENIZER)
+    tree = asyncio.run(run_tree(engine, protocol, TreeRequest(PROBLEM), BoundsConfig(), tree_id="t"))
+    assert (tree.outcome, tree.detail, tree.invalid_spawns) == (Outcome.INVALID_SPAWN, REOPENED, 1)
+    (call,) = tree.calls
+    assert call.sampled_ids == (protocol.spawn_open,) * 2
+    assert call.forced == (0, 1)
+    assert [(one.position, one.token_id) for one in call.replaced] == [(0, tag), (1, tag)]
+    assert len(engine.requests) == 2
+    assert tree.dispositions() == {Disposition.REPLACED: 2}
+    assert tree.total_tokens == engine.sampled == 2
 
 
 def test_a_text_beyond_the_cap_is_refused_unread() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from apr_ray.config import WeightsConfig
 from apr_ray.core.errors import AprError, PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.weights import WeightVersion
-from apr_ray.parts import lasting_imports
+from apr_ray.parts import DEAD, died, lasting_imports
 from apr_ray.rollout import pool as pool_module
 from apr_ray.rollout.pool import Membership, RolloutPool, Worker
 from apr_ray.weights import transport as transport_module
@@ -323,3 +323,15 @@ def test_a_worker_that_hangs_in_the_check_after_a_sync_is_named(monkeypatch: pyt
         pool.members[1].actor.hangs = True
         with pytest.raises(SyncFailed, match=r"^worker-01 did not answer within 60 s"):
             pool.sample_for_check([(1,)], 5, 1.0, timeout_s=60.0)
+
+
+def test_a_worker_that_ray_killed_for_memory_is_one_that_died() -> None:
+    said = (
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 16) was"
+        " 22.51GB used / 23.54GB (95.6%).\nOOM kill reason: …\nRefer to the documentation on how to address it"
+    )
+    error = ray.exceptions.OutOfMemoryError(said)
+    assert isinstance(error, DEAD)
+    assert died("learner rank 1", error, "").what == (
+        "learner rank 1 died: its machine ran out of memory (22.51GB used / 23.54GB)"
+    )

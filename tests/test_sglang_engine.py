@@ -10,24 +10,34 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from apr_ray.config import EngineConfig, load_config
+from apr_ray.config import BoundsConfig, EngineConfig, load_config
 from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError, ConfigError, EngineAsleep, PartDied
+from apr_ray.core.ledger import JoinOutcome, Outcome
+from apr_ray.core.task import ChildResult, ChildSpec, SpawnRequest, ThreadEnd
 from apr_ray.core.weights import WeightVersion
 from apr_ray.engines import sglang_engine
 from apr_ray.engines.registry import build_engine
+from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
 from apr_ray.engines.sglang_engine import SGLangEngine
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
+from apr_ray.tasks.countdown.problem import CountdownProblem
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 STOP, END = 9, 1
+REFUSED, FORCED, JOINED = 7, 8, 6
 Output = dict[str, Any]
 
 
@@ -111,7 +121,9 @@ def engine_over(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Callable[.
     def make(manager: ScriptedSGLang, **options: Any) -> SGLangEngine:
         engine = SimpleNamespace(
             tokenizer_manager=manager,
-            server_args=SimpleNamespace(tp_size=1, device=manager.device, enable_memory_saver=manager.saves_memory),
+            server_args=SimpleNamespace(
+                tp_size=1, page_size=1, device=manager.device, enable_memory_saver=manager.saves_memory
+            ),
             shutdown=lambda: None,
             send_to_rpc=manager.send_to_scheduler,
         )
@@ -215,6 +227,70 @@ def test_no_request_id_is_the_beginning_of_another(engine_over: Callable[..., SG
     first, second = (r.rid for r in manager.requests)
     assert not first.startswith(second)
     assert not second.startswith(first)
+
+
+@dataclass(frozen=True)
+class Branching:
+    """A protocol by plan: a thread at depth d spawns `rounds[d]` children, one number after the other; every call goes
+    on after a forced token, if they are `forced`."""
+
+    rounds: Sequence[Sequence[int]]
+    forced: bool
+    stop_ids = frozenset({REFUSED, STOP})
+    max_depth = 2
+
+    def reply(self, asked: GenerateRequest) -> Reply:
+        return Reply([REFUSED if self.forced and asked.prompt_ids[-1] != FORCED else STOP])
+
+    def root_prompt(self, problem: Any, budget: int | None = None) -> tuple[int, ...]:
+        return (5,)
+
+    def forced_replacement(self, token_id: int) -> int | None:
+        return FORCED if token_id == REFUSED else None
+
+    def read_call(self, context: Sequence[int], sampled: Sequence[int], depth: int) -> SpawnRequest | ThreadEnd:
+        rounds, done = self.rounds[depth] if depth < len(self.rounds) else (), context.count(JOINED)
+        if done == len(rounds):
+            return ThreadEnd(Outcome.ANSWERED)
+        return SpawnRequest(tuple(ChildSpec((5,), str(i)) for i in range(rounds[done])), 0)
+
+    def read_child(self, context: Sequence[int], sampled: Sequence[int]) -> ChildResult:
+        return ChildResult(JoinOutcome.SOLVED)
+
+    def join_ids(self, asked: SpawnRequest, results: Sequence[ChildResult], depth: int) -> tuple[int, ...]:
+        return (JOINED,)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return ""
+
+
+@given(
+    rounds=st.tuples(st.lists(st.integers(1, 12), max_size=2), st.lists(st.integers(1, 2), max_size=2)),
+    forced=st.booleans(),
+    tail=st.text("0123456789-.", min_size=1, max_size=3),
+)
+@example(rounds=([12, 12], [2]), forced=False, tail="0")
+@example(rounds=([1] * 11, [1] * 11), forced=True, tail="1")
+def test_a_request_id_begins_another_only_as_its_subtree(
+    rounds: tuple[list[int], list[int]], forced: bool, tail: str
+) -> None:
+    """Of two trees, one's id the beginning of the other's: no request's id begins another's, and what a thread's have
+    in common begins those of its descendants and of nobody else."""
+    protocol, bounds = Branching(rounds, forced), BoundsConfig(max_depth=2, max_rounds=11)
+    calls: list[tuple[str, GenerateRequest]] = []
+    for tree in ("tree-1", "tree-1" + tail):
+        engine = ScriptedEngine(protocol.reply)
+        ask = TreeRequest(CountdownProblem((3, 5, 7), 22))
+        made = run(run_tree(engine, protocol, ask, bounds, tree_id=tree))  # type: ignore[arg-type]
+        assert made.outcome is Outcome.ANSWERED
+        assert len(engine.requests) == len(made.calls) * (1 + forced)
+        calls += [(tree, one) for one in engine.requests]
+    ids = sorted(one.request_id for _, one in calls)
+    assert not any(after.startswith(before) for before, after in pairwise(ids))
+    threads = {(tree, one.thread): one.request_id.rpartition("/")[0] for tree, one in calls}
+    for (tree, thread), subtree in threads.items():
+        below = {(t, one.thread) for t, one in calls if one.request_id.startswith(subtree)}
+        assert below == {(t, p) for t, p in threads if t == tree and p[: len(thread)] == thread}
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

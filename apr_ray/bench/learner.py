@@ -1,34 +1,47 @@
-"""The learner on recorded trees: against right-padded micro-batches in sampling order, and against plain torch."""
+"""The learner on recorded trees: against micro-batches in sampling order, and against plain torch on its own ones.
+
+learner         length-sorted micro-batches, through DeepSpeed               ─┐ `deepspeed_overhead`: the same
+plain           the same micro-batches with the same padding, without it     ─┘ forward, loss, backward and AdamW
+sampling_order  the learner, with the sequences in the order they were sampled in
+
+They take turns; ratios are medians over neighbouring turns.
+"""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from apr_ray.bench.recording import bench_config, fresh_policy, record
-from apr_ray.bench.timing import Result, in_fresh_process, in_turn
+from apr_ray.bench.timing import Result, all_in_turn, in_fresh_process, median_ratio
 from apr_ray.config import Config, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.ledger import Group, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.device import init_process_group
+from apr_ray.learner.rows import Rows
 from apr_ray.learner.trainer import GrpoStep, Trainer
 from apr_ray.model.state import pack_weights, trainable_parameters
-from apr_ray.rl.batches import grpo_batch, plan_micro_batches
+from apr_ray.rl.batches import grpo_batch
 from apr_ray.rl.losses import grpo_loss, token_entropy, token_logprobs
 
 STEP = GrpoStep(clip=0.2, kl_coefficient=0.0, temperature=1.0, inner_steps=1)
 RATE = 1e-4
 TEN_MILLION = ("model.hidden_size=384", "model.layers=6", "model.heads=12", "model.ffn_size=1024")
+COMPARED_TREES = 4
+"""Whose step all sides take first, and must take alike."""
 
 
-def run(trees: int = 64, overrides: Sequence[str] = TEN_MILLION, repeats: int = 3) -> Result:
-    """`ratio`: to right-padded micro-batches in sampling order, in tokens/s. One thread, one rank, a 10 M model."""
+def run(trees: int = 12, overrides: Sequence[str] = TEN_MILLION, repeats: int = 3) -> Result:
+    """`ratio`: to right-padded micro-batches in sampling order, in tokens/s. One thread, one rank, a 10 M model, each
+    side `repeats` times: by default about five minutes."""
     result: Result = in_fresh_process(_measure, trees, tuple(overrides), repeats)
     return result
 
@@ -36,40 +49,43 @@ def run(trees: int = 64, overrides: Sequence[str] = TEN_MILLION, repeats: int = 
 def _measure(trees: int, overrides: Sequence[str], repeats: int) -> Result:
     torch.set_num_threads(1)
     config = bench_config(overrides)
-    batch = batch_of(record(trees, config).trees)
+    recorded = record(trees, config).trees
+    few, batch = batch_of(recorded[:COMPARED_TREES]), batch_of(recorded)
     init_process_group(0, 1, "127.0.0.1", free_port())
     optimizer = OptimizerConfig(learning_rate=RATE)
     learner = config.learner.model_copy(update={"ranks": 1})
     trainers = {
-        "learner": Trainer(fresh_policy(config), learner, optimizer),
         "sampling_order": SamplingOrder(fresh_policy(config), learner, optimizer),
+        "learner": Trainer(fresh_policy(config), learner, optimizer),
     }
-    plain = PlainTorch(fresh_policy(config), config)
-    padded = {name: trainer.grpo_step(batch, STEP, RATE)[0].padded_tokens for name, trainer in trainers.items()}
-    plain(batch)
-    weights = {name: _flat(trainer.policy) for name, trainer in trainers.items()} | {"plain": _flat(plain.policy)}
-    times = in_turn(
-        {name: lambda t=trainer: t.grpo_step(batch, STEP, RATE) for name, trainer in trainers.items()}
-        | {"plain": lambda: plain(batch)},
-        repeats,
-    )
+    plain = PlainTorch(fresh_policy(config), optimizer, trainers["learner"].plan)
+    padded: dict[str, int] = {}
+
+    def step(name: str, batch: TrainBatch) -> None:
+        padded[name] = trainers[name].grpo_step(batch, STEP, RATE)[0].padded_tokens
+
+    works = {name: partial(step, name) for name in trainers} | {"plain": plain}
+    for work in works.values():  # warms up, too
+        work(few)
+    weights = [_flat(policy) for policy in (*(trainer.policy for trainer in trainers.values()), plain.policy)]
+    taken = all_in_turn({name: partial(work, batch) for name, work in works.items()}, repeats, warm_ups=0)
+    times = {name: statistics.median(seconds) for name, seconds in taken.items()}
     tokens = len(batch.tokens)
     peak = matmul_peak()
     rate = step_flops(batch, config, plain.policy) / times["learner"]
     return {
-        "ratio": times["sampling_order"] / times["learner"],
-        "length_sorted_ratio": times["plain"] / times["learner"],
-        "deepspeed_overhead": times["learner"] / times["plain"] - 1,
+        "ratio": median_ratio(taken["sampling_order"], taken["learner"]),
+        "deepspeed_overhead": median_ratio(taken["learner"], taken["plain"]) - 1,
         "peak_share": rate / peak,
-        "learner_tokens_per_s": tokens / times["learner"],
-        "sampling_order_tokens_per_s": tokens / times["sampling_order"],
-        "plain_torch_length_sorted_tokens_per_s": tokens / times["plain"],
+        **{f"{name}_tokens_per_s": tokens / seconds for name, seconds in times.items()},
         "padding_share": 1 - tokens / padded["learner"],
         "sampling_order_padding_share": 1 - tokens / padded["sampling_order"],
         "learner_gflops": rate / 1e9,
         "matmul_peak_gflops": peak / 1e9,
-        "parameters": float(weights["plain"].size),
-        "max_delta_weight": max(float(np.abs(w - weights["plain"]).max()) for w in weights.values()),
+        "tokens": float(tokens),
+        "turns": float(repeats),
+        "parameters": float(weights[-1].size),
+        "max_delta_weight": max(float(np.abs(w - weights[-1]).max()) for w in weights),
     }
 
 
@@ -95,40 +111,44 @@ def in_sampling_order(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 class PlainTorch:
-    """The same step without DeepSpeed: AdamW, gradients accumulated over length-sorted micro-batches."""
+    """The learner's step without DeepSpeed and without the learner's accounts: its micro-batches, loss and AdamW."""
 
-    def __init__(self, policy: Any, config: Config) -> None:
+    def __init__(
+        self, policy: Any, optimizer: OptimizerConfig, plan: Callable[[TrainBatch], Sequence[Sequence[int]]]
+    ) -> None:
         self.policy = policy
-        self.budget = config.learner.micro_batch_tokens
-        defaults = OptimizerConfig(learning_rate=RATE)
-        self.grad_clip = defaults.grad_clip
+        self.plan = plan
+        self.grad_clip = optimizer.grad_clip
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=RATE,
-            betas=(defaults.beta1, defaults.beta2),
-            weight_decay=defaults.weight_decay,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
             fused=True,
         )
 
     def __call__(self, batch: TrainBatch) -> None:
         """One optimiser step."""
-        columns = (batch.tokens, batch.loss_weights, batch.advantages, batch.behaviour_logprobs)
-        for indices in plan_micro_batches(batch.lengths.tolist(), self.budget, 1)[0]:
-            tokens, weights, advantages, behaviour = (_pad(column, batch, indices) for column in columns)
-            logits = self.policy(input_ids=tokens, use_cache=False).logits
-            logprobs = token_logprobs(logits, tokens)
+        for indices in self.plan(batch):
+            rows = Rows(batch, indices, torch.device("cpu"))
+            logits = self.policy(input_ids=rows.tokens, use_cache=False).logits
+            logprobs = token_logprobs(logits, rows.tokens)
             with torch.no_grad():
                 entropy = token_entropy(logits)
-            loss = grpo_loss(logprobs, behaviour, advantages, weights, entropy, clip=STEP.clip, kl_coefficient=0.0).loss
+            loss = grpo_loss(
+                logprobs,
+                rows.behaviour_logprobs,
+                rows.advantages,
+                rows.weights,
+                entropy,
+                clip=STEP.clip,
+                kl_coefficient=STEP.kl_coefficient,
+            ).loss
             torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def _pad(column: np.ndarray[Any, Any], batch: TrainBatch, indices: Sequence[int]) -> torch.Tensor:
-    parts = [torch.from_numpy(column[batch.offsets[i] : batch.offsets[i + 1]]) for i in indices]
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
 def batch_of(trees: Sequence[ThreadTree]) -> TrainBatch:

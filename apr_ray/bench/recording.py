@@ -8,9 +8,10 @@ trees, without a policy to train first. `ReplayEngine` decodes them with any wei
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ from apr_ray.engines.torch_engine.rows import Running
 from apr_ray.model.llama import new_policy
 from apr_ray.model.state import trainable_parameters
 from apr_ray.tasks.registry import load_task
+from apr_ray.threads.events import CallEnded, Listener, Spawned, ThreadEvent, TokensSampled
 from apr_ray.threads.runtime import TreeRequest, run_tree
 
 Replies = Mapping[tuple[int, ...], tuple[int, ...]]
@@ -188,3 +190,45 @@ def largest_difference(a: Mapping[tuple[str, Path], float], b: Mapping[tuple[str
     if a.keys() != b.keys():
         return float("inf")
     return max(abs(a[key] - b[key]) for key in a)
+
+
+Moment = tuple[float, float]
+"""Seconds, and the engine's steps (0 where it does not tell them)."""
+
+
+@dataclass(slots=True)
+class Waits:
+    """How long threads wait for each other: from a spawn to each child's first token, and from the end of the last
+    child to its parent's next token. What the engine and the runtime do in between is all in it."""
+
+    spawn_to_child: list[Moment] = field(default_factory=list)
+    join_to_parent: list[Moment] = field(default_factory=list)
+
+    def listener(self, clock: Callable[[], Moment]) -> Listener:
+        """Hears the events of one tree, as they happen."""
+        spawned: dict[Path, Moment] = {}
+        joined: dict[Path, Moment] = {}  # by parent: when its last child so far ended
+
+        def hear(event: ThreadEvent) -> None:
+            now = clock()
+            if isinstance(event, Spawned):
+                spawned.update(dict.fromkeys(event.children, now))
+            elif isinstance(event, CallEnded) and event.path:
+                joined[event.path[:-1]] = now
+            elif isinstance(event, TokensSampled):
+                for begun, waits in ((spawned, self.spawn_to_child), (joined, self.join_to_parent)):
+                    if (since := begun.pop(event.path, None)) is not None:
+                        waits.append((now[0] - since[0], now[1] - since[1]))
+
+        return hear
+
+    def medians(self, step_s: float | None = None) -> dict[str, float]:
+        """In ms and in steps of the engine, counted, or each of `step_s` where it counts none. Empty where no tree
+        spawned."""
+        result = {}
+        for name, waits in (("spawn_to_child_token", self.spawn_to_child), ("join_to_token", self.join_to_parent)):
+            if waits:
+                seconds, steps = (statistics.median(column) for column in zip(*waits, strict=True))
+                result[f"{name}_ms"] = 1000 * seconds
+                result[f"{name}_steps"] = steps if step_s is None else seconds / step_s
+        return result

@@ -1,19 +1,23 @@
-"""Pool and runtime against the engine alone on the same tokens; from the last join to the parent's next tokens."""
+"""Pool and runtime against the engine alone on the same tokens; how long threads wait for each other."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
 
 from apr_ray.bench.recording import (
+    Moment,
     Recording,
     ReplayEngine,
     Replies,
+    Waits,
     fresh_policy,
     largest_difference,
     record,
@@ -21,7 +25,7 @@ from apr_ray.bench.recording import (
     thread_sums,
 )
 from apr_ray.bench.sync import private_ray
-from apr_ray.bench.timing import REPEATS, Result, all_in_turn, in_turn
+from apr_ray.bench.timing import REPEATS, Result, all_in_turn, in_turn, median_ratio
 from apr_ray.config import Config
 from apr_ray.core.engine import Engine
 from apr_ray.core.errors import AprError
@@ -30,9 +34,12 @@ from apr_ray.model.llama import save_policy
 from apr_ray.rollout.pool import RolloutPool, calls_at_once
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
+from apr_ray.threads.runtime import TreeRequest, run_tree
 
 LATENCY_TURNS = 3
 """At most: a turn takes a minute, and is a mean over many trees already."""
+WAITING_TREES = 128
+"""At most, of which threads' waits are taken: as many as run at the same time."""
 
 
 def run(
@@ -46,7 +53,8 @@ def run(
     median over turns, of which each holds both, as a machine may be a third slower half a minute later.
 
     256 recorded trees on the embedded engine; with `engine` and `checkpoint`, a trained policy's own (`bench.trees`).
-    The latency of a tree is measured on the first `alone_trees`, one at a time.
+    The latency of a tree is measured on the first `alone_trees`, one at a time; the waits for a spawn and for a join
+    while up to `WAITING_TREES` run, in a part of its own that streams every token.
     """
     if engine is not None or checkpoint is not None:
         from apr_ray.bench import trees as real
@@ -73,20 +81,18 @@ def run(
         taken = all_in_turn({"pool": ours, "alone": alone}, repeats)
         pool.stop()
         latency = lane_latency_s(recording, f"{folder}/policy", alone_trees, min(repeats, LATENCY_TURNS))
+        waits = waits_of(recording, f"{folder}/policy")
     times = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    waits = join_waits_s(made["trees"])
     return {
-        "ratio": statistics.median(a / p for a, p in zip(taken["alone"], taken["pool"], strict=True)),
+        "ratio": median_ratio(taken["alone"], taken["pool"]),
         "pool_tokens_per_s": recording.sampled_tokens / times["pool"],
         "engine_alone_tokens_per_s": recording.sampled_tokens / times["alone"],
         "trees": float(len(recording.trees)),
-        "joins": float(len(waits)),
         "one_tree_local_ms": 1000 * latency["local"],
         "one_tree_spread_ms": 1000 * latency["spread"],
         "local_of_spread_latency": latency["local"] / latency["spread"],
-        "join_to_first_chunk_median_ms": 1000 * statistics.median(waits) if waits else 0.0,
         "max_delta_logprob_per_thread": largest_difference(thread_sums(made["trees"]), made["alone"]),
-    }
+    } | waits
 
 
 def lane_latency_s(recording: Recording, checkpoint: str, trees: int, repeats: int) -> dict[str, float]:
@@ -104,6 +110,18 @@ def lane_latency_s(recording: Recording, checkpoint: str, trees: int, repeats: i
     return {lanes: seconds / len(requests) for lanes, seconds in times.items()}
 
 
+def waits_of(recording: Recording, checkpoint: str) -> Result:
+    """`Waits.medians`, and of how many joins. Every token is handed out at once: a chunk of several comes later."""
+    engine = recording.config.engine.model_copy(update={"stream_interval": 1})
+    config = recording.config.model_copy(update={"engine": engine})
+    pool = replaying_pool(replace(recording, config=config), checkpoint, workers=1)
+    for _ in range(2):  # the first warms up
+        list(pool.run(recording.requests[:WAITING_TREES]))
+        waits: Waits = ray.get(pool.workers[0].waits.remote())
+    pool.stop()
+    return {"joins": float(len(waits.join_to_parent)), **waits.medians()}
+
+
 def replaying_pool(recording: Recording, checkpoint: str, workers: int, fan_out: str = "local") -> RolloutPool:
     """A pool whose engines take the recorded tokens."""
     rollout = recording.config.rollout.model_copy(update={"fan_out": fan_out})
@@ -118,7 +136,37 @@ def replaying_pool(recording: Recording, checkpoint: str, workers: int, fan_out:
     return RolloutPool(actors, rollout.concurrent_trees, spread_children=fan_out == "spread")
 
 
-class ReplayWorker(RolloutWorker):
+class WatchedWorker(RolloutWorker):
+    """A rollout worker that knows how long the threads of its trees waited for each other."""
+
+    def __init__(self, config: Config, checkpoint: str, worker_id: str) -> None:
+        super().__init__(config, checkpoint, worker_id)
+        self.waited = Waits()
+
+    async def run_tree(self, request: TreeRequest) -> ThreadTree:
+        """As without watching."""
+        async with self.trees.one():
+            self.started += 1
+            return await run_tree(
+                self.lanes,
+                self.protocol,
+                request,
+                self.bounds,
+                tree_id=f"{self.worker_id}-{self.started:09d}",
+                engine_id=self.worker_id,
+                listener=self.waited.listener(self._now),
+            )
+
+    def _now(self) -> Moment:
+        return time.perf_counter(), float(self.engine.stats().steps or 0)
+
+    async def waits(self) -> Waits:
+        """Of the trees since it was last asked."""
+        waited, self.waited = self.waited, Waits()
+        return waited
+
+
+class ReplayWorker(WatchedWorker):
     """A rollout worker over a `ReplayEngine`; it can also run the engine's part alone."""
 
     def __init__(self, config: Config, checkpoint: str, worker_id: str, replies: Replies) -> None:
@@ -140,16 +188,3 @@ class ReplayWorker(RolloutWorker):
     async def replay(self, trees: Sequence[ThreadTree], concurrent: int) -> dict[tuple[str, Path], float]:
         """See `recording.replay_trees`."""
         return await replay_trees(self.engine, trees, concurrent)
-
-
-def join_waits_s(trees: Sequence[ThreadTree]) -> list[float]:
-    """Per join: from the end of its last child to the first tokens that the parent gets back."""
-    waits = []
-    for tree in trees:
-        calls = {(call.path, call.segment): call for call in tree.calls}
-        for spawn in tree.spawns:
-            after = calls.get((spawn.path, spawn.segment + 1))
-            ended = [call.end_s for call in tree.calls if call.path in spawn.children]
-            if after is not None and ended:
-                waits.append(after.first_token_s - max(ended))
-    return waits

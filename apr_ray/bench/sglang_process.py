@@ -34,6 +34,11 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=10) as response:
             return json.loads(response.read())
 
+    def flush_cache(self) -> None:
+        """No KV of earlier requests is served. Raises OSError where it still runs any after a while."""
+        asked = urllib.request.Request(f"{self.url}/flush_cache?timeout=10", method="POST")
+        urllib.request.urlopen(asked, timeout=30).close()
+
     def scheduled(self) -> int:
         """Requests that its scheduler runs or has waiting."""
         loads = self.get("/v1/loads")["loads"]
@@ -42,11 +47,17 @@ class Server:
 
 @contextmanager
 def sglang_server(
-    checkpoint: Path, *, max_sequences: int = 8, stream_interval: int = 16, device: str = "cpu", text: bool = False
+    checkpoint: Path,
+    *,
+    max_sequences: int = 8,
+    stream_interval: int = 16,
+    kv_tokens: int | None = None,
+    device: str = "cpu",
+    text: bool = False,
 ) -> Iterator[Server]:
     """Start it, wait until it answers, and end it with all its processes. With `text` it has the tokenizer too.
 
-    Raises AprError where it does not start.
+    Its KV is of `kv_tokens`, or of `max_sequences` full contexts. Raises AprError where it does not start.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -54,7 +65,8 @@ def sglang_server(
     context = int(read_config(checkpoint)["max_position_embeddings"]) + SPARE_TOKENS
     arguments = {
         "model-path": checkpoint, "host": "127.0.0.1", "port": port, "device": device, "dtype": "float32",
-        "context-length": context, "max-running-requests": max_sequences, "max-total-tokens": max_sequences * context,
+        "context-length": context, "max-running-requests": max_sequences,
+        "max-total-tokens": kv_tokens or max_sequences * context,
         "stream-interval": stream_interval, "log-level": "error",
         **({"attention-backend": "torch_native"} if device == "cpu" else {}),
     }  # fmt: skip

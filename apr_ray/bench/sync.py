@@ -23,10 +23,10 @@ from apr_ray.bench.timing import Result, in_turn, turns
 from apr_ray.config import Config, OptimizerConfig
 from apr_ray.core.engine import GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError
-from apr_ray.core.weights import WeightVersion
+from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.model.llama import save_policy
-from apr_ray.model.state import RunningChecksum, checksum, pack_weights, trainable_parameters
+from apr_ray.model.state import checksum, pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
@@ -60,9 +60,11 @@ def run(
     """`ratio`: a flat broadcast's median over that of the default transport, at the last size (the goal is 0.5).
 
     A transport packs, sends (`send_ms` is until then), checks and applies; the broadcast, between the same processes
-    over gloo, and one call per tensor only send (`of_per_tensor_send` compares sending alone). `stall` is by how much
-    longer running requests take when one update comes in: the check beside them, the copy, and computing their KV
-    again; a median of differences. With `device` cuda, learner and engines share one GPU; a copy of as many bytes on
+    over gloo, only sends. One call per tensor and worker sends, and what came is then checked and applied as any update
+    is: `of_per_tensor` compares the whole, `of_per_tensor_send` sending alone. There all calls are made at once; in
+    `of_one_by_one` each tensor's when the last one's are answered, as OpenRLHF sends. `stall` is by how much longer
+    running requests take when one update comes in: the check beside them, the copy, and computing their KV again; a
+    median of differences. With `device` cuda, learner and engines share one GPU; a copy of as many bytes on
     it, and one to the host, are timed too.
     """
     for size in sizes:
@@ -91,6 +93,7 @@ def run(
         "ratio": result[f"of_gloo_object_store_{last}"],
         "of_per_tensor": result[f"of_per_tensor_{last}"],
         "of_per_tensor_send": result[f"of_per_tensor_send_{last}"],
+        "of_one_by_one": result[f"of_one_by_one_{last}"],
     } | result
 
 
@@ -110,10 +113,16 @@ def private_ray() -> Iterator[None]:
 class TimedWorker(RolloutWorker):
     """A rollout worker that also takes the baselines' weights, and times its own decoding."""
 
-    async def take(self, index: int, part: np.ndarray[Any, Any]) -> None:
+    async def take(self, spec: TensorSpec, part: np.ndarray[Any, Any], numbers: int) -> None:
         """One parameter of many; calls with large arguments may come in any order."""
-        self.parts = getattr(self, "parts", {})
-        self.parts[index] = part.copy()
+        if not hasattr(self, "taken"):
+            self.taken = np.zeros(numbers, dtype=np.float32)
+        self.taken[spec.offset : spec.offset + spec.size] = part.reshape(-1)
+
+    async def apply_taken(self, version: WeightVersion, layout: tuple[TensorSpec, ...], total: int) -> None:
+        """Put to work what came parameter by parameter."""
+        self.received = WeightUpdate(version, layout, self.taken, total)
+        await self.apply_weights()
 
     async def receive_flat(self, place: Place, size: int) -> None:
         """One flat broadcast and nothing else."""
@@ -126,12 +135,9 @@ class TimedWorker(RolloutWorker):
 
     async def checksums(self) -> tuple[int, int]:
         """Of what the broadcast brought, and of what came tensor by tensor; both are let go of."""
-        running, parts = RunningChecksum(), 0
-        for _, part in sorted(self.parts.items()):
-            parts = running.add(part)
-        flat = checksum(self.flat.numpy())
-        del self.parts, self.flat
-        return flat, parts
+        sums = checksum(self.flat.numpy()), checksum(self.taken)
+        del self.flat
+        return sums
 
     async def held_checksum(self) -> int:
         """Of the weights that the engine was given last."""
@@ -198,7 +204,8 @@ def _workers(config: Config, checkpoint: str) -> list[Any]:
 def _timed(
     config: Config, learners: LearnerGroup, pool: RolloutPool, policy: Any, folder: str, repeats: int
 ) -> dict[str, float]:
-    expected = pack_weights(trainable_parameters(policy), WeightVersion(0, 0)).checksum
+    packed = pack_weights(trainable_parameters(policy), WeightVersion(0, 0))
+    expected, layout = packed.checksum, packed.specs
     version = WeightVersion(0, 0)
     options = {"folder": f"{folder}/weights"}
     names = (*TRANSPORTS, *(ON_A_GPU if config.learner.gpus_per_rank else ()))
@@ -206,7 +213,7 @@ def _timed(
         name: build_transport(config.weights.model_copy(update={"transport": name, **options})) for name in names
     }
 
-    sending: dict[str, list[float]] = {name: [] for name in names}
+    sending: dict[str, list[float]] = {name: [] for name in (*names, "per_tensor", "one_by_one")}
 
     def sync(name: str) -> None:
         nonlocal version
@@ -223,11 +230,21 @@ def _timed(
             [sent, *(w.receive_flat.remote(p, learners.parameters) for w, p in zip(pool.workers, places, strict=True))]
         )
 
-    def per_tensor() -> None:
+    def by_tensor(name: str) -> None:
+        nonlocal version
+        version, start = version.next(), time.perf_counter()
         tensors = ray.get(learners.actors[0].__ray_call__.remote(_put_each))
-        ray.get([worker.take.remote(i, t) for worker in pool.workers for i, t in enumerate(tensors)])
+        calls = []
+        for spec, tensor in zip(layout, tensors, strict=True):
+            calls += [worker.take.remote(spec, tensor, learners.parameters) for worker in pool.workers]
+            if name == "one_by_one":
+                ray.get(calls)
+        ray.get(calls)
+        sending[name].append(time.perf_counter() - start)
+        ray.get([worker.apply_taken.remote(version, layout, expected) for worker in pool.workers])
 
-    works: dict[str, Callable[[], object]] = {"gloo": gloo, "per_tensor": per_tensor}
+    works: dict[str, Callable[[], object]] = {"gloo": gloo}
+    works |= {name: partial(by_tensor, name) for name in ("per_tensor", "one_by_one")}
     works |= {name: partial(sync, name) for name in names}
     times = in_turn(works, repeats)
     arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
@@ -247,9 +264,9 @@ def _timed(
     sent_s = {name: statistics.median(taken[1:]) for name, taken in sending.items()}
     result = {
         "gloo_ms": 1000 * times["gloo"],
-        "per_tensor_ms": 1000 * times["per_tensor"],
         "of_per_tensor": times["per_tensor"] / times["object_store"],
-        "of_per_tensor_send": times["per_tensor"] / sent_s["object_store"],
+        "of_per_tensor_send": sent_s["per_tensor"] / sent_s["object_store"],
+        "of_one_by_one": times["one_by_one"] / times["object_store"],
         "megabytes": 4 * learners.parameters / 1e6,
         "stall_ms": 1000 * statistics.median(longer),
         "decode_without_update_ms": 1000 * statistics.median(without),
@@ -259,13 +276,14 @@ def _timed(
     }
     if config.learner.gpus_per_rank:
         result |= ray.get(learners.actors[0].__ray_call__.remote(_copies_ms))
-    for name in names:
+    for name in sending:
         result |= {
             f"{name}_ms": 1000 * times[name],
             f"{name}_send_ms": 1000 * sent_s[name],
             f"of_gloo_{name}": times["gloo"] / times[name],
         }
-        transports[name].close()
+    for transport in transports.values():
+        transport.close()
     return result
 
 

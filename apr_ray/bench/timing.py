@@ -1,13 +1,17 @@
-"""Taking times so that a machine's drift hits both sides alike."""
+"""Taking times so that a machine's drift hits both sides alike, and which process used the processors meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+
+import psutil
 
 from apr_ray.tracking.progress import ProgressBars
 
@@ -31,16 +35,50 @@ def in_turn(works: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -
     return {name: statistics.median(taken) for name, taken in all_in_turn(works, repeats).items()}
 
 
-def all_in_turn(works: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each work, after one warm-up, taken in turn (A B C A B C …)."""
+def all_in_turn(
+    works: Mapping[str, Callable[[], object]], repeats: int = REPEATS, warm_ups: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each work, after the warm-ups, taken in turn (A B C A B C …)."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in turns(", ".join(works), repeats + 1):
+    for turn in turns(", ".join(works), repeats + warm_ups):
         for name, work in works.items():
             start = time.perf_counter()
             work()
-            if turn:
+            if turn >= warm_ups:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Of turns that were neighbours: a machine may be a third slower half a minute later."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+MACHINE = "machine"
+
+
+def cpu_seconds(names: Mapping[int, str]) -> dict[str, float]:
+    """CPU seconds that this process and all below it have used so far, by part; of the whole machine as `MACHINE`.
+
+    Args:
+        names: of processes, by id. One without a name counts with the one that started it, but SGLang's own are apart:
+            `NAME_scheduler`, `NAME_detokenizer`.
+    """
+    this = psutil.Process()
+    used: dict[str, float] = defaultdict(float)
+    part_of: dict[int, str] = {}
+    for process in [this, *this.children(recursive=True)]:  # who started it comes before it
+        with contextlib.suppress(psutil.NoSuchProcess):
+            part = names.get(process.pid) or part_of.get(process.ppid(), "")
+            _, sglang, title = process.name().partition("sglang::")
+            if sglang:
+                part = f"{part}_{title.partition('_')[0]}"
+            part_of[process.pid] = part
+            times = process.cpu_times()
+            used[part] += times.user + times.system
+    machine = psutil.cpu_times()
+    used[MACHINE] = machine.user + machine.nice + machine.system + machine.irq + machine.softirq
+    return used
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

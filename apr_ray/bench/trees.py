@@ -1,91 +1,218 @@
 """Thread trees of a trained policy on a real engine: pool and runtime, the engine alone, and the released code's way.
 
-pool    our way: ids in and out, streamed, children started where the spawn is sampled      ─┐ the same trees: as
-alone   the same calls in the same order, as many tokens each, straight into the engine      ─┘ many tokens
-http    the released code's way, on the same SGLang: a server, a thread and a request for every call, text in and
-        text out, tokenised again on both sides
+pool      our way: ids in and out, streamed, children started where the spawn is sampled      ─┐ the same trees: as
+alone     the same calls in the same order, as many tokens each, straight into the engine      ─┘ many tokens
+released  the released code's way, on an SGLang with the same arguments (`differing_server_args` names those that are
+          not): a server, a thread and a request for every call, text in and text out, tokenised again on both sides.
+          It asks for no logprobs; ours does
+
+They take turns, each with an empty cache. SGLang draws from one stream of its own, so `released` has trees of its own.
+
+`profile` says where a way's time goes. A way's tokens/s are the cores that the scheduler (SGLang's process that
+computes) keeps busy, over its CPU seconds a token: so two ways differ by how much of its core they leave to it, and by
+how many calls it has to compute at once (`calls_at_once`; a step of more calls costs less a token).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
+import psutil
 import ray
 
-from apr_ray.bench.recording import bench_config, replay_trees
-from apr_ray.bench.sglang_process import sglang_server
-from apr_ray.bench.timing import Result, turns
+from apr_ray.bench.recording import Waits, bench_config, replay_trees
+from apr_ray.bench.rollout import WatchedWorker
+from apr_ray.bench.sglang_process import Server, sglang_server
+from apr_ray.bench.timing import MACHINE, Result, cpu_seconds, median_ratio, turns
 from apr_ray.config import Config
-from apr_ray.core.engine import Capabilities, Chunk, FinishReason, GenerateRequest
+from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
 from apr_ray.core.ledger import Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool, calls_at_once
-from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import TreeRequest, run_tree
 
-TREES, REPEATS = 96, 2
+TREES, REPEATS = 96, 3
 CONCURRENT = 64
 """Trees at the same time."""
 WARM_UP = 16
 """Trees that are not counted."""
 LONG_TOKENS = 20
 """Calls of at least so many tokens tell how long a step of the engine takes."""
+REDACTED = "<redacted>"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one way did with all trees.
+
+    Attributes:
+        cpu_s: see `timing.cpu_seconds`.
+        prompt_tokens, cached_tokens: that the engine was given, and that it had KV of.
+    """
+
+    wall_s: float
+    trees: Sequence[ThreadTree]
+    cpu_s: Mapping[str, float]
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of running trees, and the turns it had.
+
+    Attributes:
+        forget: no KV of an earlier turn is served.
+        run: the trees.
+        counts: prompt tokens so far, and those of them from the cache.
+        processes: those that work for it; the first is where SGLang's processes belong.
+    """
+
+    forget: Callable[[], object]
+    run: Callable[[Sequence[TreeRequest]], Sequence[ThreadTree]]
+    counts: Callable[[], tuple[int, int]]
+    processes: tuple[str, ...]
+    turns: list[Turn] = field(default_factory=list)
+
+    def take(self, requests: Sequence[TreeRequest], cpu: Callable[[], Mapping[str, float]]) -> Turn:
+        """One turn, which is not kept."""
+        self.forget()
+        prompt, cached = self.counts()
+        before, start = cpu(), time.perf_counter()
+        trees = self.run(requests)
+        wall, used = time.perf_counter() - start, cpu()
+        prompt_after, cached_after = self.counts()
+        used = {part: seconds - before.get(part, 0.0) for part, seconds in used.items()}
+        return Turn(wall, trees, used, prompt_after - prompt, cached_after - cached)
 
 
 def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS) -> Result:
     """`ratio`: sampled tokens/s of pool, actor and runtime over those of the engine alone (the goal is 0.9).
+    `of_released`: trees/s over the released code's way.
 
     Args:
         engine: torch, sglang or vllm.
         checkpoint: a trained policy of the quickstart's task.
         trees: how many, `CONCURRENT` at a time.
-        repeats: medians are over them.
+        repeats: turns of each way; medians are over them.
     """
     config = _config(engine)
     task = load_task(config.task)
     requests = [TreeRequest(p, seed=i) for i, p in enumerate(task.problems("train", trees, config.run.seed))]
-    made: list[ThreadTree] = []
-    pool_speed, alone_speed, trees_per_s = [], [], []
-    worker = _worker(config, checkpoint)
-    pool = RolloutPool([worker], CONCURRENT)
-    for turn in turns("pool, engine alone", repeats + 1):
-        ray.get(worker.forget.remote())
-        start = time.perf_counter()
-        ours = [tree for _, tree in pool.run(requests if turn else requests[:WARM_UP])]
-        took = time.perf_counter() - start
-        ray.get(worker.forget.remote())
-        alone = ray.get(worker.replay.remote(ours, CONCURRENT))
-        if turn:  # the first warms up
-            tokens = sum(tree.total_tokens for tree in ours)
-            made += ours
-            pool_speed.append(tokens / took)
-            alone_speed.append(tokens / alone)
-            trees_per_s.append(trees / took)
-    pool.stop()
+    with ExitStack() as stack:
+        worker = _worker(config, checkpoint)
+        pool = RolloutPool([worker], CONCURRENT)
+        stack.callback(pool.stop)
+        ways = _in_the_actor(pool, worker)
+        names = {child.pid: "ray" for child in psutil.Process().children()}
+        names |= {os.getpid(): "driver", ray.get(worker.__ray_call__.remote(lambda _: os.getpid())): "worker"}
+        calls, differing = None, ""
+        if engine == "sglang":
+            server = stack.enter_context(_same_server(config, checkpoint))
+            names[server.process.pid] = "server"
+            ours = ray.get(worker.__ray_call__.remote(_server_args))
+            differing = differing_arguments(ours, server.get("/server_info"))
+            ways["released"], calls = stack.enter_context(_released(config, checkpoint, server))
+        for turn in turns(", ".join(ways), repeats + 1):
+            for way in ways.values():
+                taken = way.take(requests if turn else requests[:WARM_UP], partial(cpu_seconds, names))
+                if turn:  # the first warms up
+                    way.turns.append(taken)
+            if not turn:
+                ray.get(worker.waits.remote())
+                if calls is not None:
+                    calls.answers.clear()
+        waited: Waits = ray.get(worker.waits.remote())
+    result = _result(ways)
+    if calls is not None:
+        told = {f"released_{name}": value for name, value in calls.per_call().items()}
+        result |= {**told, "differing_server_args": differing}
+    if engine != "torch":  # it streams in chunks; `bench.rollout` has it stream every token for that
+        result |= waits_in_steps(waited, _trees(ways["pool"]))
+    return result
+
+
+def _result(ways: Mapping[str, Way]) -> Result:
+    seconds = {name: [turn.wall_s for turn in way.turns] for name, way in ways.items()}
+    made = _trees(ways["pool"])
     result: Result = {
-        "ratio": statistics.median(p / a for p, a in zip(pool_speed, alone_speed, strict=True)),
-        "pool_tokens_per_s": statistics.median(pool_speed),
-        "alone_tokens_per_s": statistics.median(alone_speed),
-        "pool_trees_per_s": statistics.median(trees_per_s),
+        "ratio": median_ratio(seconds["alone"], seconds["pool"]),
         "trees": float(len(made)),
         "children_per_tree": sum(tree.children for tree in made) / len(made),
         "engine_errors": float(sum(tree.outcome is Outcome.ENGINE_ERROR for tree in made)),
-    } | _waits(made)
-    if engine == "sglang":
-        released = _released(config, checkpoint, requests)
-        result |= released | {"of_released": statistics.median(trees_per_s) / released["released_trees_per_s"]}
+    }
+    if released := ways.get("released"):
+        drawn = _trees(released)
+        speed = {name: [_tokens(turn) / turn.wall_s for turn in ways[name].turns] for name in ("pool", "released")}
+        result |= {
+            "of_released": median_ratio(seconds["released"], seconds["pool"]),  # as many trees
+            "of_released_tokens_per_s": median_ratio(speed["pool"], speed["released"]),
+            "released_children_per_tree": sum(tree.children for tree in drawn) / len(drawn),
+        }
+    for name, way in ways.items():
+        numbers = profile(way) | ({} if name == "alone" else _calls(way))  # alone has the times of the pool's calls
+        result |= {f"{name}_{part}": value for part, value in numbers.items()}
     return result
+
+
+def profile(way: Way) -> dict[str, float]:
+    """Speed, medians over turns; and where the time goes, over all turns together.
+
+    `PART_cores`: CPU seconds a second of a process and of what it started. `others_cores`: of everything else on the
+    machine. `scheduler_us_per_token` and `all_us_per_token`: CPU microseconds a sampled token, of SGLang's scheduler
+    and of all parts. `cached_share`: of the prompt tokens, those whose KV was there.
+    """
+    wall = sum(turn.wall_s for turn in way.turns)
+    tokens = sum(map(_tokens, way.turns))
+    used: dict[str, float] = defaultdict(float)
+    for turn in way.turns:
+        for part, seconds in turn.cpu_s.items():
+            used[part] += seconds
+    sglangs = f"{way.processes[0]}_"
+    parts = {part.removeprefix(sglangs): s for part, s in used.items() if part.startswith(way.processes)}
+    result = {
+        "tokens_per_s": statistics.median(_tokens(turn) / turn.wall_s for turn in way.turns),
+        "trees_per_s": statistics.median(len(turn.trees) / turn.wall_s for turn in way.turns),
+        "tokens": float(tokens),
+        "cached_share": sum(turn.cached_tokens for turn in way.turns) / sum(turn.prompt_tokens for turn in way.turns),
+        **{f"{part}_cores": seconds / wall for part, seconds in sorted(parts.items())},
+        "others_cores": (used[MACHINE] - sum(parts.values())) / wall,
+        "all_us_per_token": 1e6 * sum(parts.values()) / tokens,
+    }
+    if "scheduler" in parts:
+        result["scheduler_us_per_token"] = 1e6 * parts["scheduler"] / tokens
+    return result
+
+
+def _calls(way: Way) -> dict[str, float]:
+    """How many calls, the mean time of one from its start to its end, and how many there are at once on average."""
+    taken = [call.end_s - call.start_s for tree in _trees(way) for call in tree.calls]
+    wall = sum(turn.wall_s for turn in way.turns)
+    return {"calls": float(len(taken)), "call_s": statistics.fmean(taken), "calls_at_once": sum(taken) / wall}
+
+
+def _trees(way: Way) -> list[ThreadTree]:
+    return [tree for turn in way.turns for tree in turn.trees]
+
+
+def _tokens(turn: Turn) -> int:
+    return sum(tree.total_tokens for tree in turn.trees)
 
 
 def _config(engine: str) -> Config:
@@ -96,16 +223,13 @@ def _config(engine: str) -> Config:
 
 
 def _worker(config: Config, checkpoint: str) -> Any:
-    options = {
-        "num_cpus": 0.5,
-        "max_concurrency": calls_at_once(config),
-    }
+    options = {"num_cpus": 0.5, "max_concurrency": calls_at_once(config)}
     worker: Any = ray.remote(TreesWorker).options(**options).remote(config, checkpoint, "worker-00")
     ray.get(worker.join.remote(None))
     return worker
 
 
-class TreesWorker(RolloutWorker):
+class TreesWorker(WatchedWorker):
     """A rollout worker whose engine can be timed alone, and made to forget its cache."""
 
     def __init__(self, config: Config, checkpoint: str, worker_id: str) -> None:
@@ -118,41 +242,94 @@ class TreesWorker(RolloutWorker):
         self.version = self.version.next()
         await self.engine.update_weights(pack_weights(trainable_parameters(self.policy), self.version))
 
-    async def replay(self, trees: Sequence[ThreadTree], concurrent: int) -> float:
-        """Seconds of `recording.replay_trees`."""
-        start = time.perf_counter()
+    async def replay(self, trees: Sequence[ThreadTree], concurrent: int) -> None:
+        """See `recording.replay_trees`."""
         await replay_trees(self.engine, trees, concurrent)
-        return time.perf_counter() - start
 
 
-def _waits(trees: Sequence[ThreadTree]) -> dict[str, float]:
-    """From the spawn to a child's first tokens and from the last join to the parent's next, in ms and in steps of the
-    engine: the time from one token of a long call to its next."""
-    spawns, joins, steps = [], [], []
-    for tree in trees:
-        calls = {(call.path, call.segment): call for call in tree.calls}
-        for call in tree.calls:
-            if len(call.sampled_ids) >= LONG_TOKENS:
-                steps.append((call.end_s - call.first_token_s) / (len(call.sampled_ids) - 1))
-        for spawn in tree.spawns:
-            children = [calls[child, 0] for child in spawn.children if (child, 0) in calls]
-            after = calls.get((spawn.path, spawn.segment + 1))
-            spawns += [child.first_token_s - calls[spawn.path, spawn.segment].end_s for child in children]
-            if after is not None and children:
-                joins.append(after.first_token_s - max(c.end_s for c in tree.calls if c.path in spawn.children))
-    result = {}
-    for name, taken in (("spawn_to_child_token", spawns), ("join_to_parent_token", joins)):
-        if taken and steps:  # a policy may spawn nothing
-            result[f"{name}_ms"] = 1000 * statistics.median(taken)
-            result[f"{name}_steps"] = statistics.median(taken) / statistics.median(steps)
-    return result | ({"step_ms": 1000 * statistics.median(steps)} if steps else {})
+def _in_the_actor(pool: RolloutPool, worker: Any) -> dict[str, Way]:
+    """The pool's way and the engine's alone, which runs what the pool ran before it."""
+    last: list[ThreadTree] = []
+
+    def trees(requests: Sequence[TreeRequest]) -> list[ThreadTree]:
+        last[:] = [tree for _, tree in pool.run(requests)]
+        return list(last)
+
+    def alone(_: Sequence[TreeRequest]) -> list[ThreadTree]:
+        ray.get(worker.replay.remote(last, CONCURRENT))
+        return list(last)
+
+    def forget() -> None:
+        ray.get(worker.forget.remote())
+
+    def counts() -> tuple[int, int]:
+        stats: EngineStats = ray.get(worker.stats.remote())
+        return stats.prompt_tokens, stats.cached_tokens
+
+    processes = ("worker", "driver", "ray")
+    return {"pool": Way(forget, trees, counts, processes), "alone": Way(forget, alone, counts, processes)}
+
+
+def waits_in_steps(waited: Waits, trees: Sequence[ThreadTree]) -> dict[str, float]:
+    """`Waits.medians`. SGLang does not tell its steps: one is the time from one token of a long call to its next."""
+    long = [call for tree in trees for call in tree.calls if len(call.sampled_ids) >= LONG_TOKENS]
+    if not long:
+        return {}
+    step_s = statistics.median((c.end_s - c.first_token_s) / (len(c.sampled_ids) - 1) for c in long)
+    return waited.medians(step_s) | {"step_ms": 1000 * step_s}
 
 
 # --- the released code's way ------------------------------------------------------------------------------------------
 
 
+def _same_server(config: Config, checkpoint: str) -> AbstractContextManager[Server]:
+    """A server with the tokenizer, and with the worker's arguments."""
+    what = config.engine
+    return sglang_server(
+        FilePath(checkpoint),
+        max_sequences=what.max_sequences,
+        stream_interval=what.stream_interval,
+        kv_tokens=what.kv_tokens,
+        text=True,
+    )
+
+
+def _server_args(worker: Any) -> dict[str, str]:
+    """SGLang's arguments as it resolved them, as text."""
+    return {name: str(value) for name, value in worker.engine._engine.server_args.resolved_dict().items()}
+
+
+def differing_arguments(ours: Mapping[str, str], theirs: Mapping[str, Any]) -> str:
+    """Names of SGLang's arguments that two engines differ in, and their values; a server keeps some to itself."""
+    pairs = {name: (value, str(theirs.get(name))) for name, value in sorted(ours.items())}
+    return ", ".join(f"{name} {a} and {b}" for name, (a, b) in pairs.items() if b not in (a, REDACTED))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To one call.
+
+    Attributes:
+        ids: its text as tokens again.
+        meta: SGLang's own account of it.
+        http_s: from the request to the answer; SGLang had it for a part of that.
+        tokenizer_s: to text before, to tokens afterwards.
+        changed: SGLang had another number of tokens before it, or drew another number.
+    """
+
+    ids: list[int]
+    meta: Mapping[str, Any]
+    http_s: float
+    tokenizer_s: float
+    changed: bool
+
+
 class TextCalls:
-    """An engine as the released code has it: each call blocks a thread on one HTTP request, text in and text out."""
+    """An engine as the released code has it: each call blocks a thread on one HTTP request, text in and text out.
+
+    Attributes:
+        answers: to the calls that ended.
+    """
 
     capabilities = Capabilities(seeds=False, deterministic=False, keeps_kv=False, sleeps=False)
 
@@ -161,21 +338,22 @@ class TextCalls:
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
         self.threads = threads
-        self.http_s = self.tokenizer_s = 0.0
+        self.answers: list[Answer] = []
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """One chunk with all tokens, in the end."""
         loop = asyncio.get_running_loop()
-        ids, stopped = await loop.run_in_executor(self.threads, self._call, request)
-        finish = FinishReason.STOP if stopped else FinishReason.LENGTH
-        yield Chunk(tuple(ids), (0.0,) * len(ids), WeightVersion(0, 0), finish=finish)
+        answer = await loop.run_in_executor(self.threads, self._call, request)
+        self.answers.append(answer)
+        finish = FinishReason.STOP if answer.meta["finish_reason"]["type"] == "stop" else FinishReason.LENGTH
+        yield Chunk(tuple(answer.ids), (0.0,) * len(answer.ids), WeightVersion(0, 0), finish=finish)
 
-    def _call(self, request: GenerateRequest) -> tuple[list[int], bool]:
+    def _call(self, request: GenerateRequest) -> Answer:
+        """In a thread."""
         sampling = request.sampling
         begun = time.perf_counter()
-        text = self.tokenizer.decode(request.prompt_ids)
         body = {
-            "text": text,
+            "text": self.tokenizer.decode(request.prompt_ids),
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "max_new_tokens": sampling.max_new_tokens,
@@ -192,28 +370,40 @@ class TextCalls:
         with urllib.request.urlopen(asked, timeout=600) as response:
             answer = json.loads(response.read())
         came = time.perf_counter()
-        ids = self.tokenizer.encode(answer["text"])
-        stopped = answer["meta_info"]["finish_reason"]["type"] == "stop"
-        if stopped and ids[-1:] != [answer["meta_info"]["finish_reason"]["matched"]]:
-            ids.append(int(answer["meta_info"]["finish_reason"]["matched"]))
-        self.http_s += came - sent
-        self.tokenizer_s += time.perf_counter() - came + sent - begun
-        return ids, stopped
+        ids: list[int] = self.tokenizer.encode(answer["text"])
+        meta = answer["meta_info"]
+        finish = meta["finish_reason"]
+        if finish["type"] == "stop" and ids[-1:] != [finish["matched"]]:  # an end token has no text
+            ids.append(int(finish["matched"]))
+        tokenizer_s = time.perf_counter() - came + sent - begun
+        changed = (len(request.prompt_ids), len(ids)) != (meta["prompt_tokens"], meta["completion_tokens"])
+        return Answer(ids, meta, came - sent, tokenizer_s, changed)
 
     async def abort(self, request_id_prefix: str) -> None:
         """Nothing: the released code cannot."""
 
+    def counts(self) -> tuple[int, int]:
+        """Prompt tokens, and those of them from the cache, as SGLang counts them."""
+        meta = [answer.meta for answer in self.answers]
+        return sum(m["prompt_tokens"] for m in meta), sum(m["cached_tokens"] for m in meta)
 
-def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest]) -> dict[str, float]:
-    """Trees/s, and where its seconds go, summed over threads."""
+    def per_call(self) -> dict[str, float]:
+        """Means over calls, and how many of them text has changed."""
+        told = self.answers
+        return {
+            "http_ms_per_call": 1000 * statistics.fmean(a.http_s - a.meta["e2e_latency"] for a in told),
+            "tokenizer_ms_per_call": 1000 * statistics.fmean(a.tokenizer_s for a in told),
+            "changed_calls": float(sum(a.changed for a in told)),
+        }
+
+
+@contextmanager
+def _released(config: Config, checkpoint: str, server: Server) -> Iterator[tuple[Way, TextCalls]]:
     task = load_task(config.task)
     tokenizer = task.load_tokenizer(checkpoint)
     protocol = task.protocol(tokenizer)
-    with (
-        sglang_server(FilePath(checkpoint), max_sequences=128, text=True) as server,
-        ThreadPoolExecutor(CONCURRENT * (1 + config.bounds.max_children)) as threads,
-    ):
-        engine = TextCalls(server.url, tokenizer, config.model.context_tokens, threads)
+    with ThreadPoolExecutor(CONCURRENT * (1 + config.bounds.max_children)) as threads:
+        calls = TextCalls(server.url, tokenizer, config.model.context_tokens, threads)
 
         async def run_all(requests: Sequence[TreeRequest]) -> list[ThreadTree]:
             places = asyncio.Semaphore(CONCURRENT)
@@ -221,21 +411,11 @@ def _released(config: Config, checkpoint: str, requests: Sequence[TreeRequest]) 
             async def one(number: int, request: TreeRequest) -> ThreadTree:
                 async with places:
                     bounds = config.bounds
-                    return await run_tree(engine, protocol, request, bounds, tree_id=f"text-{number}")  # type: ignore[arg-type]
+                    return await run_tree(calls, protocol, request, bounds, tree_id=f"text-{number}")  # type: ignore[arg-type]
 
             return list(await asyncio.gather(*(one(n, request) for n, request in enumerate(requests))))
 
-        asyncio.run(run_all(requests[:WARM_UP]))
-        engine.http_s = engine.tokenizer_s = 0.0
-        start = time.perf_counter()
-        trees = asyncio.run(run_all(requests))
-        took = time.perf_counter() - start
-    calls = sum(len(tree.calls) for tree in trees)
-    return {
-        "released_trees_per_s": len(trees) / took,
-        "released_tokens_per_s": sum(tree.total_tokens for tree in trees) / took,
-        "released_calls": float(calls),
-        "released_http_s_per_call": engine.http_s / calls,
-        "released_tokenizer_ms_per_call": 1000 * engine.tokenizer_s / calls,
-        "released_children_per_tree": sum(tree.children for tree in trees) / len(trees),
-    }
+        way = Way(
+            server.flush_cache, lambda requests: asyncio.run(run_all(requests)), calls.counts, ("server", "driver")
+        )
+        yield way, calls

@@ -146,6 +146,7 @@ def bench(
 ) -> None:
     """Measure one part against a baseline, side by side, in one run."""
     import json
+    import math
 
     from apr_ray.bench import run_bench
 
@@ -165,7 +166,8 @@ def bench(
         [(k, f"{v:,.4g}" if isinstance(v, float) else str(v)) for k, v in result.items()],
     )
     if as_json:
-        print(json.dumps(result))
+        told = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in result.items()}  # JSON has no NaN
+        print(json.dumps(told, allow_nan=False))
 
 
 @app.command()

@@ -1,11 +1,23 @@
-"""What a task gives the rest of the system, and how its threads spawn and join."""
+"""What a task gives the rest of the system, and how its threads spawn and join.
+
+A task is a subclass of `Task`, its threads' rules one of `SpawnJoinProtocol`; what is abstract there has to be written,
+the rest has a default. `tests/second_task.py` is a whole task.
+"""
 
 from __future__ import annotations
 
+import filecmp
+import json
+import os
 import re
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome, Outcome, Problem
@@ -90,112 +102,195 @@ class ChildResult:
     reason: str = ""
 
 
-class SpawnJoinProtocol(Protocol):
+class SpawnJoinProtocol(ABC):
     """How a task's threads spawn and join, on token ids.
 
     The runtime never looks at text: it hands ids to the protocol and gets ids back.
     """
 
-    stop_ids: frozenset[int]
-    """A call stops when one of these is sampled: EOS, and the tag that only the runtime may write."""
-    max_depth: int
+    max_depth: int = 1
+    """Levels of children that threads may start; the paper's by default. See `bounds.max_depth` too."""
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids = frozenset({tokenizer.eos_id})
+        """A call stops when one of these is sampled: EOS, and the tag that only the runtime may write, if any."""
+
+    @abstractmethod
     def root_prompt(self, problem: Problem, budget: int | None = None) -> tuple[int, ...]:
         """The root parent's prompt, with a budget prefix where given."""
-        ...
 
-    def forced_replacement(self, token_id: int) -> int | None:
-        """The id to force in place of a sampled one that only the runtime may write; None for every other id."""
-        ...
-
+    @abstractmethod
     def read_call(self, context: Sequence[int], sampled: Sequence[int], depth: int) -> SpawnRequest | ThreadEnd:
         """What the end of a finished call asks for; `context` is its prompt. Never raises on what a model wrote."""
-        ...
 
+    @abstractmethod
     def read_child(self, context: Sequence[int], sampled: Sequence[int]) -> ChildResult:
         """What a child that ended by itself joins with."""
-        ...
 
+    @abstractmethod
     def join_ids(self, request: SpawnRequest, results: Sequence[ChildResult], depth: int) -> tuple[int, ...]:
         """The block that takes the spawn block's place in the parent's context. `depth` is the children's."""
-        ...
+
+    def forced_replacement(self, token_id: int) -> int | None:
+        """The id to force in place of a sampled one that only the runtime may write; None for every other id.
+
+        By default the runtime writes nothing that a model may not. A call goes on after one such token; the second ends
+        it as an invalid spawn.
+        """
+        return None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a text of the protocol's own."""
+        return tuple(self.tokenizer.encode(text))
 
     def text(self, ids: Sequence[int]) -> str:
         """Ids as text without special tokens."""
-        ...
+        return self.tokenizer.decode(ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
     """One supervised sequence: `completion` is what the thread should write after `prompt`, then EOS.
 
-    `given` is the beginning of `prompt` that no thread wrote: all of it in a thread's first call, its first call's
-    prompt in later ones.
+    Attributes:
+        path: the thread; () is the root parent.
+        segment: counts the thread's calls.
+        given: the beginning of `prompt` that no thread wrote: all of it in a thread's first call, which is the default
+            there; its first call's prompt in later ones, which have to say so.
     """
 
     prompt: str
     completion: str
-    kind: str
-    """"parent" or "child"."""
-    path: tuple[int, ...]
-    segment: int
-    given: str
+    path: tuple[int, ...] = ()
+    segment: int = 0
+    given: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.given and self.segment:
+            raise AprError(f"call {self.segment} of a thread has no `given`", "Give the thread's first prompt")
+        object.__setattr__(self, "given", self.given or self.prompt)
+
+    @property
+    def kind(self) -> str:
+        """Who writes it: "child" or "parent"."""
+        return "child" if self.path else "parent"
 
 
 @dataclass(frozen=True, slots=True)
 class DemonstrationSet:
-    """All sequences of one solver run on one problem, and what the run came to."""
+    """All sequences of one solver run on one problem, and whether it came to a solution."""
 
-    problem: Problem
-    solver_seed: int
     solved: bool
     sequences: tuple[Demonstration, ...]
 
 
-class Task(Protocol):
-    """A task: problems, how they are put, demonstrated and checked."""
+@dataclass(frozen=True, slots=True)
+class DataclassProblem:
+    """A problem that is its fields: subclasses are frozen dataclasses, of what JSON can hold."""
+
+    @property
+    def key(self) -> str:
+        """Its JSON form as text, the same for equal problems."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
+    def to_json(self) -> Mapping[str, Any]:
+        """One key a field."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """The options of a task that has none."""
+
+
+class Task(ABC):
+    """A task: problems, how they are put, demonstrated and checked. It is built from an instance of `options_type`.
+
+    Attributes:
+        options_type: a frozen dataclass: what `task.options` may hold.
+        problem_type: a frozen dataclass; its fields are the JSON form that problems are read from.
+    """
 
     name: str
+    options_type: ClassVar[type[Any]] = NoOptions
+    problem_type: ClassVar[type[Any]]
 
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
         """`count` distinct problems of a split ("train", "heldout", "heldout_targets"); the same on any machine.
 
         Raises AprError where the split holds fewer.
         """
-        ...
 
-    def problem_from_json(self, data: Mapping[str, Any]) -> Problem:
-        """Inverse of `Problem.to_json`; raises AprError on anything else."""
-        ...
-
+    @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The task's own tokenizer."""
-        ...
 
-    def load_tokenizer(self, directory: str) -> Tokenizer:
-        """A checkpoint's tokenizer. Raises AprError where it cannot carry this task's protocol."""
-        ...
-
+    @abstractmethod
     def protocol(self, tokenizer: Tokenizer) -> SpawnJoinProtocol:
         """The protocol over a tokenizer. Raises AprError where the tokenizer cannot carry it."""
-        ...
 
+    @abstractmethod
     def demonstrate(self, problem: Problem, solver_seed: int) -> DemonstrationSet:
         """One run of the symbolic solver."""
-        ...
 
+    @abstractmethod
     def verify(self, problem: Problem, text: str) -> Verdict:
         """Check a root parent's final text."""
-        ...
 
-    def describe(self, problem: Problem) -> str:
-        """A short line for people; `problem_from_text` reads it back."""
-        ...
+    def load_tokenizer(self, directory: str) -> Tokenizer:
+        """A checkpoint's tokenizer. Raises AprError where it cannot carry this task's protocol.
 
-    def problem_from_text(self, text: str) -> Problem:
-        """A problem as a person writes it; raises AprError with an example of the form."""
-        ...
+        By default it must be the task's own, which would save the very same files.
+        """
+        own = self.tokenizer()
+        with tempfile.TemporaryDirectory() as fresh:
+            own.save(fresh)
+            files = os.listdir(fresh)
+            same, _, _ = filecmp.cmpfiles(fresh, directory, files, shallow=False)
+        if not files or len(same) < len(files):
+            other = ", ".join(sorted(set(files).difference(same))) or "the task's saves no file"
+            raise AprError(
+                f"the tokenizer in {directory} is not the task's own ({other})",
+                "Give a checkpoint trained with this task's tokenizer, or let the task override load_tokenizer",
+            )
+        return own
+
+    def problem_from_json(self, data: Mapping[str, Any]) -> Any:
+        """Inverse of `Problem.to_json`; raises AprError on anything else.
+
+        By default `problem_type` from its fields, each of the type that it says and none besides.
+        """
+        known = [field.name for field in fields(self.problem_type)]
+        form = "Give {" + ", ".join(f'"{name}": ...' for name in known) + "}"
+        try:
+            problem = self._problem_reader.validate_json(json.dumps(data), strict=True)
+            if unknown := set(data).difference(known):
+                raise ValueError(f"{unknown.pop()!r} is unknown")
+        except (TypeError, ValueError) as error:
+            why = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                why = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+            raise AprError(f"not a problem of this task: {repr(data)[:80]} ({why})", form) from error
+        return problem
+
+    @cached_property
+    def _problem_reader(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.problem_type)
+
+    def problem_from_text(self, text: str) -> Any:
+        """A problem as a person writes it, by default its JSON; raises AprError with an example of the form."""
+        try:
+            data = json.loads(text)
+        except ValueError:
+            data = text
+        return self.problem_from_json(data)
 
     def require_solvable(self, problem: Problem) -> None:
-        """Raise AprError where no answer exists."""
-        ...
+        """Raise AprError where no answer exists; by default every problem has one."""
+        return None

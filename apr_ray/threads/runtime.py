@@ -30,7 +30,7 @@ from apr_ray.core.engine import (
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Call, Join, JoinOutcome, Outcome, Path, Problem, Replaced, Spawn, ThreadTree
 from apr_ray.core.task import ChildResult, SpawnJoinProtocol, SpawnRequest, ThreadEnd
-from apr_ray.core.weights import WeightVersion
+from apr_ray.core.weights import FIRST_VERSION
 from apr_ray.threads.events import (
     CallEnded,
     CallStarted,
@@ -41,6 +41,10 @@ from apr_ray.threads.events import (
     TokensSampled,
     TreeEnded,
 )
+
+FORCED_PER_CALL = 1
+"""A call goes on after so many forced tokens, and ends at the next: what is forced is a spawn, and that ends a call.
+Each time the engine is given the whole prefix again: without a bound, time would be quadratic in forced tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +236,8 @@ class _Tree:
 
     def cut_short(self, call: Call, allowance: _Allowance) -> ThreadEnd | None:
         """The outcome of a call that did not end by itself."""
+        if len(call.forced) > FORCED_PER_CALL:
+            return ThreadEnd(Outcome.INVALID_SPAWN, "spawn_reopened")
         if call.finish is FinishReason.STOP:
             return None
         if call.finish is FinishReason.ERROR:
@@ -256,7 +262,8 @@ class _Tree:
         return None
 
     async def run_call(self, path: Path, segment: int, prompt: tuple[int, ...], allowance: _Allowance) -> Call:
-        """One call. Where the model writes what only the runtime may, the right token is forced and it goes on."""
+        """One call. Where the model writes what only the runtime may, the right token is forced and it goes on; where
+        it does so again, the call is over."""
         recorder = _Recorder(path, segment, prompt, self.engine_id)
         self.emit(CallStarted(path, segment, len(prompt)))
         resumption = 0
@@ -280,6 +287,8 @@ class _Tree:
                 if forced is None:
                     break
                 recorder.replace_last(forced)
+                if len(recorder.forced) > FORCED_PER_CALL:
+                    break
                 resumption += 1
         except asyncio.CancelledError:
             recorder.finish = FinishReason.ABORTED
@@ -336,7 +345,7 @@ class _Recorder:
         self.spans: list[VersionSpan] = []
         self.finish = FinishReason.ABORTED
         self.error = ""
-        self.kv_version = WeightVersion(0, 0)
+        self.kv_version = FIRST_VERSION
         self.seed = 0
         self.cached: int | None = None
         self.sampled = 0
@@ -355,9 +364,9 @@ class _Recorder:
         self.ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         self.kv_version = chunk.kv_version or chunk.version
-        if self.spans and self.spans[-1].version == chunk.version and self.spans[-1].end == start:
+        if self.spans and (self.spans[-1].version, self.spans[-1].kv) == (chunk.version, chunk.kv_version):
             start = self.spans.pop().start
-        self.spans.append(VersionSpan(chunk.version, start, len(self.ids)))
+        self.spans.append(VersionSpan(chunk.version, start, len(self.ids), chunk.kv_version))
 
     def replace_last(self, forced: int) -> None:
         position = len(self.ids) - 1

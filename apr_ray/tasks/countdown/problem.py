@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import Any
 
 import numpy as np
 
 from apr_ray.core.errors import AprError
+from apr_ray.core.task import DataclassProblem
 from apr_ray.tasks.countdown.oracle import TABLE_NUMBERS, is_solvable, reachable_table, reachable_targets
 
 MAX_NUMBERS = 6
@@ -23,7 +23,7 @@ MOST_MISSES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class CountdownProblem:
+class CountdownProblem(DataclassProblem):
     """Combine `numbers`, each exactly once, to reach `target`."""
 
     numbers: tuple[int, ...]
@@ -44,10 +44,6 @@ class CountdownProblem:
     def split_key(self) -> str:
         """Order left out, so that a permuted train problem cannot stand in the held-out split."""
         return f"{','.join(map(str, sorted(self.numbers)))}->{self.target}"
-
-    def to_json(self) -> Mapping[str, Any]:
-        """`{"numbers": [...], "target": t}`."""
-        return {"numbers": list(self.numbers), "target": self.target}
 
 
 @dataclass(frozen=True, slots=True)

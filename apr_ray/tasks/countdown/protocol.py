@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import JoinOutcome, Outcome, Problem
-from apr_ray.core.task import ChildResult, ChildSpec, SpawnRequest, ThreadEnd
+from apr_ray.core.task import ChildResult, ChildSpec, SpawnJoinProtocol, SpawnRequest, ThreadEnd
 from apr_ray.tasks.countdown.grammar import (
     JOIN_OPEN,
     MAX_TEXT_CHARS,
@@ -28,13 +28,13 @@ from apr_ray.tasks.countdown.tokenizer import CountdownTokenizer
 from apr_ray.tasks.countdown.verifier import extract_answer
 
 
-class CountdownProtocol:
+class CountdownProtocol(SpawnJoinProtocol):
     """APR's protocol (`method="apr"`), or SoS+'s, where nothing ever spawns (`method="sosp"`)."""
 
     def __init__(self, tokenizer: CountdownTokenizer, method: str = "apr", max_depth: int = 1) -> None:
         if method not in ("apr", "sosp"):
             raise AprError(f"unknown method {method!r}", "Use apr or sosp")
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.method = method
         self.max_depth = max_depth if method == "apr" else 0
         self.spawn_open = tokenizer.tag_ids[SPAWN_OPEN]
@@ -49,7 +49,7 @@ class CountdownProtocol:
         if budget is not None:
             kind = "Sub Call Budget" if self.method == "apr" else "Token Budget"
             text = Budget(kind, budget).text() + text
-        return tuple(self.tokenizer.encode(text))
+        return self.encode(text)
 
     def forced_replacement(self, token_id: int) -> int | None:
         """A model must not open a join itself: a spawn is forced in its place (released code, kept)."""
@@ -68,9 +68,7 @@ class CountdownProtocol:
                 children = read_spawn_block(block, own_text, depth + 1)
             except SpawnError as error:
                 return ThreadEnd(Outcome.INVALID_SPAWN, error.reason)
-            return SpawnRequest(
-                tuple(ChildSpec(tuple(self.tokenizer.encode(c.prompt)), node_text(c.node)) for c in children), keep
-            )
+            return SpawnRequest(tuple(ChildSpec(self.encode(c.prompt), node_text(c.node)) for c in children), keep)
         text = self.text([*context, *sampled])
         return ThreadEnd(Outcome.NO_ANSWER if extract_answer(text) is None else Outcome.ANSWERED)
 
@@ -84,8 +82,4 @@ class CountdownProtocol:
     def join_ids(self, request: SpawnRequest, results: Sequence[ChildResult], depth: int) -> tuple[int, ...]:
         """The join block; its text is the runtime's, so it is tokenised here, for the first time in this context."""
         nodes = [tuple(map(int, child.label[1:].split(","))) for child in request.children]
-        return tuple(self.tokenizer.encode(join_block(nodes, results, depth)))
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Ids as text without special tokens."""
-        return self.tokenizer.decode(ids)
+        return self.encode(join_block(nodes, results, depth))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Problem
-from apr_ray.core.task import Demonstration, DemonstrationSet, Tokenizer, Verdict
+from apr_ray.core.task import Demonstration, DemonstrationSet, Task, Tokenizer, Verdict
 from apr_ray.tasks.countdown.grammar import Budget
 from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
 from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
@@ -22,7 +22,6 @@ TOKEN_BIN = 512
 """Width of SoS+'s budget bins, in tokens (paper section 4.2)."""
 MOST_DIGITS = 6
 """Of a number in a problem that somebody gives."""
-JSON_FORM = 'Give {"numbers": [...], "target": t}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +44,16 @@ class CountdownOptions:
     budgets: bool = False
 
 
-class CountdownTask:
+class CountdownTask(Task):
     """See `core.task.Task`."""
 
     name = "countdown"
     options_type = CountdownOptions
+    problem_type = CountdownProblem
+    options: CountdownOptions
 
     def __init__(self, options: CountdownOptions) -> None:
-        self.options = options
+        super().__init__(options)
         self.solver = options.solver or (SOSP_PAPER if options.method == "sosp" else APR_PAPER)
 
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
@@ -61,15 +62,10 @@ class CountdownTask:
 
     def problem_from_json(self, data: Mapping[str, Any]) -> CountdownProblem:
         """From `{"numbers": [...], "target": t}`."""
-        try:
-            numbers, target = data["numbers"], data["target"]
-        except (KeyError, TypeError) as error:
-            raise AprError(f"not a Countdown problem: {str(data)[:80]}", JSON_FORM) from error
-        if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in (*numbers, target)):  # bool is none
-            raise AprError(f"numbers and target must be integers: {str(data)[:80]}", JSON_FORM)
-        if any(abs(n) >= 10**MOST_DIGITS for n in (*numbers, target)):
+        problem: CountdownProblem = super().problem_from_json(data)
+        if any(n >= 10**MOST_DIGITS for n in (*problem.numbers, problem.target)):
             raise AprError(f"a number has more than {MOST_DIGITS} digits: {str(data)[:80]}", "Use smaller numbers")
-        return CountdownProblem(tuple(numbers), target)
+        return problem
 
     def tokenizer(self) -> CountdownTokenizer:
         """The grammar's tokenizer."""
@@ -90,18 +86,18 @@ class CountdownTask:
         if self.options.method == "sosp":
             prompt, completion, solved = solve_sosp(problem, solver_seed, self.solver)
             prompt = self._token_budget(prompt + completion) + prompt
-            sequences = [Demonstration(prompt, completion, "parent", (), 0, prompt)]
-            return DemonstrationSet(problem, solver_seed, solved, tuple(sequences))
+            sequences = [Demonstration(prompt, completion)]
+            return DemonstrationSet(solved, tuple(sequences))
         trace = solve_apr(problem, solver_seed, self.solver)
         budget = self._child_budget(trace)
         given = budget + trace.segments[0][0]
-        sequences = [Demonstration(budget + p, c, "parent", (), i, given) for i, (p, c) in enumerate(trace.segments)]
+        sequences = [Demonstration(budget + p, c, (), i, given) for i, (p, c) in enumerate(trace.segments)]
         child = 0
         for spawned in trace.children:
             for prompt, completion in spawned:
-                sequences.append(Demonstration(prompt, completion, "child", (child,), 0, prompt))
+                sequences.append(Demonstration(prompt, completion, (child,)))
                 child += 1
-        return DemonstrationSet(problem, solver_seed, trace.solved, tuple(sequences))
+        return DemonstrationSet(trace.solved, tuple(sequences))
 
     def _child_budget(self, trace: AprTrace) -> str:
         """Children per spawn round, before the parent's first line; a tree that never spawned has none. Children do not
@@ -124,11 +120,6 @@ class CountdownTask:
         """Strict replay of the answer."""
         assert isinstance(problem, CountdownProblem)
         return verify_solution(problem, text)
-
-    def describe(self, problem: Problem) -> str:
-        """`3 5 7 -> 22`."""
-        assert isinstance(problem, CountdownProblem)
-        return f"{' '.join(map(str, problem.numbers))} -> {problem.target}"
 
     def problem_from_text(self, text: str) -> CountdownProblem:
         """From `3 5 7 -> 22`."""
