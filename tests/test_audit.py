@@ -180,6 +180,17 @@ def test_two_ways_to_the_same_loss_and_gradient(run: Path, step: int) -> None:
     assert (float(found["KL term"]) > 0.001) == (step == 1)
 
 
+def test_a_batch_that_moves_nothing_agrees_but_for_rounding(kept: KeptBatch, checkpoint: Path) -> None:
+    """A KL term against the policy itself, whose sum may round to below 0, and no differing rewards."""
+    trees = tuple(replace(tree, reward=1.0) for tree in kept.trees)
+    told = kept.step.reported
+    assert told is not None
+    none = replace(told, loss=1e-16, kl=-1e-12, grad_norm=1e-10, slope=-1e-10)
+    batch = replace(kept, trees=trees, step=replace(kept.step, reference=str(checkpoint), reported=none))
+    report = audit_batch(batch)
+    assert report.agrees, report.rows()
+
+
 def test_a_tree_whose_engine_failed_is_left_out_on_both_sides(
     trees: tuple[ThreadTree, ...], checkpoint: Path, reference: Path, tmp_path: Path
 ) -> None:

@@ -59,8 +59,8 @@ TOLERANCE = 1e-4
 WAIT_S = 300.0
 IDLE_S = 60.0
 """In which an engine must have let go of all requests that ended."""
-GROWTH_BYTES = 32 << 20
-"""What each process may grow by after the first hundred trees; 200 more took up to 6 MiB."""
+GROWTH_BYTES = 16 << 20
+"""What each process may grow by in 200 thread trees after 100: 1 MiB was the most seen of SGLang's, XX of this one."""
 
 
 @dataclass
@@ -765,31 +765,28 @@ def run_trees(subject: Subject, numbers: range) -> None:
     assert [call.error for tree in trees for call in tree.calls if call.error] == []
     assert sum(len(t.calls) for t in trees) > 3 * len(trees)
     assert sum(t.total_tokens for t in trees) <= subject.engine.stats().sampled_tokens - sampled
-    for tree in trees[:: max(1, len(trees) // 8)]:
+    for tree in trees[:: len(trees) // 4]:
         for call in tree.calls:
             if call.sampled_ids:
                 expected = reference(subject.policy, call.prompt_ids, call.sampled_ids, 1.0)
                 np.testing.assert_allclose(call.logprobs, expected, atol=TOLERANCE)
 
 
-def leave_nothing_behind(subject: Subject, trees: int) -> None:
+def test_three_hundred_thread_trees_leave_nothing_behind(subject: Subject) -> None:
     """No request, no KV, and after the first hundred no more memory in any process."""
     run_trees(subject, range(100))
     before = subject.resident_bytes()
-    run_trees(subject, range(100, trees))
-    after = subject.resident_bytes()
-    grown = {pid: after[pid] - before[pid] for pid in before}
+    for first in (100, 200):  # as many at once as before: more of them take more memory
+        run_trees(subject, range(first, first + 100))
+    grown = {pid: now - before[pid] for pid, now in subject.resident_bytes().items()}
+    print({k: v / 2**20 for k, v in grown.items()})
     assert max(grown.values()) < GROWTH_BYTES, grown
-
-
-def test_three_hundred_thread_trees_leave_nothing_behind(subject: Subject) -> None:
-    leave_nothing_behind(subject, 300)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_thousand_thread_trees_leave_nothing_behind(subject: Subject) -> None:
-    leave_nothing_behind(subject, 1000)
+def test_a_thousand_thread_trees_at_once_leave_nothing_behind(subject: Subject) -> None:
+    run_trees(subject, range(1000))
 
 
 # --- another model ----------------------------------------------------------------------------------------------------

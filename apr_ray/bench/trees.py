@@ -10,7 +10,9 @@ They take turns, each with an empty cache. SGLang draws from one stream of its o
 
 `profile` says where a way's time goes. A way's tokens/s are the cores that the scheduler (SGLang's process that
 computes) keeps busy, over its CPU seconds a token: so two ways differ by how much of its core they leave to it, and by
-how many calls it has to compute at once (`calls_at_once`; a step of more calls costs less a token).
+how many calls it has to compute at once (`calls_at_once`; a step of more calls costs less a token). Where `others_cores`
+is not near 0, others had the cores, and a ratio of speeds says who got more of what they left; that of the CPU seconds
+a token (`of_released_cpu`) is less disturbed.
 """
 
 from __future__ import annotations
@@ -165,8 +167,11 @@ def _result(ways: Mapping[str, Way]) -> Result:
             "of_released_tokens_per_s": median_ratio(speed["pool"], speed["released"]),
             "released_children_per_tree": sum(tree.children for tree in drawn) / len(drawn),
         }
+    profiles = {name: profile(way) for name, way in ways.items()}
+    if "released" in profiles:
+        result["of_released_cpu"] = profiles["released"]["all_us_per_token"] / profiles["pool"]["all_us_per_token"]
     for name, way in ways.items():
-        numbers = profile(way) | ({} if name == "alone" else _calls(way))  # alone has the times of the pool's calls
+        numbers = profiles[name] | ({} if name == "alone" else _calls(way))  # alone has the times of the pool's calls
         result |= {f"{name}_{part}": value for part, value in numbers.items()}
     return result
 
