@@ -195,7 +195,17 @@ def conformance_table(reporter: TerminalReporter) -> str:
     return "\n".join(lines)
 
 
-LONGEST = "pipeline engine_conformance deaths weights engine_pool placement jobs learner bench".split()
+LONGEST = [
+    "pipeline",
+    "engine_conformance",
+    "deaths",
+    "weights",
+    "engine_pool",
+    "placement",
+    "jobs",
+    "learner",
+    "bench",
+]
 """Files that take minutes begin first: two processes share the files, and neither should end long after the other."""
 
 

@@ -60,7 +60,7 @@ WAIT_S = 300.0
 IDLE_S = 60.0
 """In which an engine must have let go of all requests that ended."""
 GROWTH_BYTES = 16 << 20
-"""What each process may grow by in 200 thread trees after 100: 1 MiB was the most seen of SGLang's, XX of this one."""
+"""What each process may grow by in 200 thread trees after 100; the most that any engine's took was 2.4 MiB."""
 
 
 @dataclass
@@ -779,7 +779,6 @@ def test_three_hundred_thread_trees_leave_nothing_behind(subject: Subject) -> No
     for first in (100, 200):  # as many at once as before: more of them take more memory
         run_trees(subject, range(first, first + 100))
     grown = {pid: now - before[pid] for pid, now in subject.resident_bytes().items()}
-    print({k: v / 2**20 for k, v in grown.items()})
     assert max(grown.values()) < GROWTH_BYTES, grown
 
 

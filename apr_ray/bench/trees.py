@@ -10,9 +10,10 @@ They take turns, each with an empty cache. SGLang draws from one stream of its o
 
 `profile` says where a way's time goes. A way's tokens/s are the cores that the scheduler (SGLang's process that
 computes) keeps busy, over its CPU seconds a token: so two ways differ by how much of its core they leave to it, and by
-how many calls it has to compute at once (`calls_at_once`; a step of more calls costs less a token). Where `others_cores`
-is not near 0, others had the cores, and a ratio of speeds says who got more of what they left; that of the CPU seconds
-a token (`of_released_cpu`) is less disturbed.
+how many calls it has to compute at once (`calls_at_once`; a step of more calls costs less a token).
+
+Where `others_cores` is not near 0 a ratio of speeds says who got more of what others left; that of the CPU seconds a
+token (`of_released_cpu`) is less disturbed.
 """
 
 from __future__ import annotations
