@@ -195,17 +195,9 @@ def conformance_table(reporter: TerminalReporter) -> str:
     return "\n".join(lines)
 
 
-LONGEST = [
-    "pipeline",
-    "engine_conformance",
-    "deaths",
-    "weights",
-    "engine_pool",
-    "placement",
-    "jobs",
-    "learner",
-    "bench",
-]
+LONGEST = (
+    "pipeline", "engine_conformance", "deaths", "weights", "engine_pool", "placement", "jobs", "learner", "bench"
+)  # fmt: skip
 """Files that take minutes begin first: two processes share the files, and neither should end long after the other."""
 
 

@@ -67,7 +67,9 @@ class Stub:
     def close(self) -> None:
         pass
 
-    def sample_for_check(self, prompts: Sequence[Any], tokens: int, temperature: float) -> list[CheckSample]:
+    def sample_for_check(
+        self, prompts: Sequence[Any], tokens: int, temperature: float, timeout_s: float
+    ) -> list[CheckSample]:
         return [CheckSample("worker-00", (7,), (1,), (-0.1,))]
 
     def logprobs(self, sequences: Sequence[Any], temperature: float) -> list[np.ndarray[Any, Any]]:
