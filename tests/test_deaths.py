@@ -343,7 +343,7 @@ def unbroken_long(long: Config, spawning: Path, tmp_path_factory: pytest.TempPat
     root = tmp_path_factory.mktemp("unbroken")
     run = RunDir.create(changed(long, run={"root": str(root), "name": "run"}), "train")
     train_grpo(run.config, run, spawning, ProgressBars(quiet=True))
-    assert all(row["rollout/children"] > 0 for row in run.metrics() if "rollout/reward" in row)
+    assert sum(row["rollout/children"] for row in run.metrics() if "rollout/reward" in row) > 0, "no tree spawned"
     return run
 
 
