@@ -107,7 +107,8 @@ class Way:
 
 def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS) -> Result:
     """`ratio`: sampled tokens/s of pool, actor and runtime over those of the engine alone (the goal is 0.9).
-    `of_released`: trees/s over the released code's way.
+    `of_released`: trees/s over the released code's way; `of_released_tokens_per_s` does not depend on how long the
+    trees of either happened to be.
 
     Args:
         engine: torch, sglang or vllm.
