@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from apr_ray.bench import BENCHES, Result, run_bench
 from apr_ray.bench.recording import Waits, fresh_policy, record
+from apr_ray.bench.released import TextCalls, differing_arguments
 from apr_ray.bench.timing import MACHINE, cpu_seconds
-from apr_ray.bench.trees import TextCalls, Turn, Way, differing_arguments, profile, waits_in_steps
+from apr_ray.bench.trees import Turn, Way, profile, waits_in_steps
 from apr_ray.cli import app
 from apr_ray.core.engine import FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import AprError

@@ -19,7 +19,7 @@ from apr_ray.core.errors import ConfigError
 from apr_ray.core.ledger import Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import EvalResult
-from apr_ray.learner.trainer import StepStats
+from apr_ray.learner.steps import StepStats
 from apr_ray.rollout.pool import CheckSample
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training import grpo as loop

@@ -27,7 +27,8 @@ from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion
 from apr_ray.learner.device import init_process_group, multiplies_bf16
-from apr_ray.learner.trainer import GrpoStep, StepStats, Trainer, merge
+from apr_ray.learner.steps import GrpoStep, StepStats, merge
+from apr_ray.learner.trainer import Trainer
 from apr_ray.model.llama import load_policy, new_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rl.losses import token_entropy, token_logprobs

@@ -27,7 +27,8 @@ from apr_ray.core.ledger import Group, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.device import init_process_group
 from apr_ray.learner.rows import Rows
-from apr_ray.learner.trainer import GrpoStep, Trainer
+from apr_ray.learner.steps import GrpoStep
+from apr_ray.learner.trainer import Trainer
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rl.batches import grpo_batch
 from apr_ray.rl.losses import grpo_loss, token_entropy, token_logprobs

@@ -34,7 +34,7 @@ from apr_ray.model.llama import save_policy
 from apr_ray.rollout.pool import RolloutPool, calls_at_once
 from apr_ray.rollout.worker import RolloutWorker
 from apr_ray.tasks.registry import load_task
-from apr_ray.threads.runtime import TreeRequest, run_tree
+from apr_ray.threads.events import Listener
 
 LATENCY_TURNS = 3
 """At most: a turn takes a minute, and is a mean over many trees already."""
@@ -143,19 +143,9 @@ class WatchedWorker(RolloutWorker):
         super().__init__(config, checkpoint, worker_id)
         self.waited = Waits()
 
-    async def run_tree(self, request: TreeRequest) -> ThreadTree:
-        """As without watching."""
-        async with self.trees.one():
-            self.started += 1
-            return await run_tree(
-                self.lanes,
-                self.protocol,
-                request,
-                self.bounds,
-                tree_id=f"{self.worker_id}-{self.started:09d}",
-                engine_id=self.worker_id,
-                listener=self.waited.listener(self._now),
-            )
+    def listener(self) -> Listener:
+        """Hears how long threads wait."""
+        return self.waited.listener(self._now)
 
     def _now(self) -> Moment:
         return time.perf_counter(), float(self.engine.stats().steps or 0)

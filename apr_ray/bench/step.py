@@ -18,7 +18,7 @@ from apr_ray.bench.timing import Result
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.learner.trainer import GrpoStep
+from apr_ray.learner.steps import GrpoStep
 from apr_ray.model.llama import save_policy
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import grpo_batch

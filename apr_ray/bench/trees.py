@@ -18,37 +18,32 @@ token (`of_released_cpu`) is less disturbed.
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import statistics
 import time
-import urllib.request
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path as FilePath
 from typing import Any
 
 import psutil
 import ray
 
 from apr_ray.bench.recording import Waits, bench_config, replay_trees
+from apr_ray.bench.released import differing_arguments, released_way, same_server, server_args
 from apr_ray.bench.rollout import WatchedWorker
-from apr_ray.bench.sglang_process import Server, sglang_server
 from apr_ray.bench.timing import MACHINE, Result, cpu_seconds, median_ratio, turns
 from apr_ray.config import Config
-from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, GenerateRequest
+from apr_ray.core.engine import EngineStats
 from apr_ray.core.ledger import Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
 from apr_ray.rollout.pool import RolloutPool, calls_at_once
 from apr_ray.tasks.registry import load_task
-from apr_ray.threads.runtime import TreeRequest, run_tree
+from apr_ray.threads.runtime import TreeRequest
 
 TREES, REPEATS = 96, 3
 CONCURRENT = 64
@@ -57,7 +52,6 @@ WARM_UP = 16
 """Trees that are not counted."""
 LONG_TOKENS = 20
 """Calls of at least so many tokens tell how long a step of the engine takes."""
-REDACTED = "<redacted>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +122,12 @@ def run(engine: str, checkpoint: str, trees: int = TREES, repeats: int = REPEATS
         names |= {os.getpid(): "driver", ray.get(worker.__ray_call__.remote(lambda _: os.getpid())): "worker"}
         calls, differing = None, ""
         if engine == "sglang":
-            server = stack.enter_context(_same_server(config, checkpoint))
+            server = stack.enter_context(same_server(config, checkpoint))
             names[server.process.pid] = "server"
-            ours = ray.get(worker.__ray_call__.remote(_server_args))
+            ours = ray.get(worker.__ray_call__.remote(server_args))
             differing = differing_arguments(ours, server.get("/server_info"))
-            ways["released"], calls = stack.enter_context(_released(config, checkpoint, server))
+            run_released, calls = stack.enter_context(released_way(config, checkpoint, server.url, CONCURRENT))
+            ways["released"] = Way(server.flush_cache, run_released, calls.counts, ("server", "driver"))
         for turn in turns(", ".join(ways), repeats + 1):
             for way in ways.values():
                 taken = way.take(requests if turn else requests[:WARM_UP], partial(cpu_seconds, names))
@@ -284,145 +279,3 @@ def waits_in_steps(waited: Waits, trees: Sequence[ThreadTree]) -> dict[str, floa
         return {}
     step_s = statistics.median((c.end_s - c.first_token_s) / (len(c.sampled_ids) - 1) for c in long)
     return waited.medians(step_s) | {"step_ms": 1000 * step_s}
-
-
-# --- the released code's way ------------------------------------------------------------------------------------------
-
-
-def _same_server(config: Config, checkpoint: str) -> AbstractContextManager[Server]:
-    """A server with the tokenizer, and with the worker's arguments."""
-    what = config.engine
-    return sglang_server(
-        FilePath(checkpoint),
-        max_sequences=what.max_sequences,
-        stream_interval=what.stream_interval,
-        kv_tokens=what.kv_tokens,
-        text=True,
-    )
-
-
-def _server_args(worker: Any) -> dict[str, str]:
-    """SGLang's arguments as it resolved them, as text."""
-    return {name: str(value) for name, value in worker.engine._engine.server_args.resolved_dict().items()}
-
-
-def differing_arguments(ours: Mapping[str, str], theirs: Mapping[str, Any]) -> str:
-    """Names of SGLang's arguments that two engines differ in, and their values; a server keeps some to itself."""
-    pairs = {name: (value, str(theirs.get(name))) for name, value in sorted(ours.items())}
-    return ", ".join(f"{name} {a} and {b}" for name, (a, b) in pairs.items() if b not in (a, REDACTED))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """To one call.
-
-    Attributes:
-        ids: its text as tokens again.
-        meta: SGLang's own account of it.
-        http_s: from the request to the answer; SGLang had it for a part of that.
-        tokenizer_s: to text before, to tokens afterwards.
-        changed: SGLang had another number of tokens before it, or drew another number.
-    """
-
-    ids: list[int]
-    meta: Mapping[str, Any]
-    http_s: float
-    tokenizer_s: float
-    changed: bool
-
-
-class TextCalls:
-    """An engine as the released code has it: each call blocks a thread on one HTTP request, text in and text out.
-
-    Attributes:
-        answers: to the calls that ended.
-    """
-
-    capabilities = Capabilities(seeds=False, deterministic=False, keeps_kv=False, sleeps=False)
-
-    def __init__(self, url: str, tokenizer: Any, context_tokens: int, threads: ThreadPoolExecutor) -> None:
-        self.url = url
-        self.tokenizer = tokenizer
-        self.context_tokens = context_tokens
-        self.threads = threads
-        self.answers: list[Answer] = []
-
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        """One chunk with all tokens, in the end."""
-        loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self.threads, self._call, request)
-        self.answers.append(answer)
-        finish = FinishReason.STOP if answer.meta["finish_reason"]["type"] == "stop" else FinishReason.LENGTH
-        yield Chunk(tuple(answer.ids), (0.0,) * len(answer.ids), WeightVersion(0, 0), finish=finish)
-
-    def _call(self, request: GenerateRequest) -> Answer:
-        """In a thread."""
-        sampling = request.sampling
-        begun = time.perf_counter()
-        body = {
-            "text": self.tokenizer.decode(request.prompt_ids),
-            "sampling_params": {
-                "temperature": sampling.temperature,
-                "max_new_tokens": sampling.max_new_tokens,
-                "stop_token_ids": sorted(sampling.stop_ids),
-                "no_stop_trim": True,
-                "skip_special_tokens": False,
-                "spaces_between_special_tokens": False,
-            },
-        }
-        asked = urllib.request.Request(
-            f"{self.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        sent = time.perf_counter()
-        with urllib.request.urlopen(asked, timeout=600) as response:
-            answer = json.loads(response.read())
-        came = time.perf_counter()
-        ids: list[int] = self.tokenizer.encode(answer["text"])
-        meta = answer["meta_info"]
-        finish = meta["finish_reason"]
-        if finish["type"] == "stop" and ids[-1:] != [finish["matched"]]:  # an end token has no text
-            ids.append(int(finish["matched"]))
-        tokenizer_s = time.perf_counter() - came + sent - begun
-        changed = (len(request.prompt_ids), len(ids)) != (meta["prompt_tokens"], meta["completion_tokens"])
-        return Answer(ids, meta, came - sent, tokenizer_s, changed)
-
-    async def abort(self, request_id_prefix: str) -> None:
-        """Nothing: the released code cannot."""
-
-    def counts(self) -> tuple[int, int]:
-        """Prompt tokens, and those of them from the cache, as SGLang counts them."""
-        meta = [answer.meta for answer in self.answers]
-        return sum(m["prompt_tokens"] for m in meta), sum(m["cached_tokens"] for m in meta)
-
-    def per_call(self) -> dict[str, float]:
-        """Means over calls, and how many of them text has changed."""
-        told = self.answers
-        return {
-            "http_ms_per_call": 1000 * statistics.fmean(a.http_s - a.meta["e2e_latency"] for a in told),
-            "tokenizer_ms_per_call": 1000 * statistics.fmean(a.tokenizer_s for a in told),
-            "changed_calls": float(sum(a.changed for a in told)),
-        }
-
-
-@contextmanager
-def _released(config: Config, checkpoint: str, server: Server) -> Iterator[tuple[Way, TextCalls]]:
-    task = load_task(config.task)
-    tokenizer = task.load_tokenizer(checkpoint)
-    protocol = task.protocol(tokenizer)
-    with ThreadPoolExecutor(CONCURRENT * (1 + config.bounds.max_children)) as threads:
-        calls = TextCalls(server.url, tokenizer, config.model.context_tokens, threads)
-
-        async def run_all(requests: Sequence[TreeRequest]) -> list[ThreadTree]:
-            places = asyncio.Semaphore(CONCURRENT)
-
-            async def one(number: int, request: TreeRequest) -> ThreadTree:
-                async with places:
-                    bounds = config.bounds
-                    return await run_tree(calls, protocol, request, bounds, tree_id=f"text-{number}")  # type: ignore[arg-type]
-
-            return list(await asyncio.gather(*(one(n, request) for n, request in enumerate(requests))))
-
-        way = Way(
-            server.flush_cache, lambda requests: asyncio.run(run_all(requests)), calls.counts, ("server", "driver")
-        )
-        yield way, calls

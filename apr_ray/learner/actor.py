@@ -20,7 +20,7 @@ from apr_ray.parts import lasting_imports, own_log
 from apr_ray.tasks.registry import load_task
 
 if TYPE_CHECKING:
-    from apr_ray.learner.trainer import GrpoStep, StepStats
+    from apr_ray.learner.steps import GrpoStep, StepStats
 
 UNUSED = ("mlflow", "scipy", "sklearn")
 """What DeepSpeed (for its autotuner) and transformers (for losses and generation that nobody asks for here) import

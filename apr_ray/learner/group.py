@@ -14,7 +14,7 @@ from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.weights import WeightSink, WeightVersion
 from apr_ray.learner.actor import LearnerActor
-from apr_ray.learner.trainer import GrpoStep, StepStats, merge
+from apr_ray.learner.steps import GrpoStep, StepStats, merge
 from apr_ray.parts import DEAD, died
 from apr_ray.placement import Places, learner_places
 

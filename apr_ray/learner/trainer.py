@@ -12,91 +12,24 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from apr_ray.config import GrpoConfig, LearnerConfig, OptimizerConfig
+from apr_ray.config import LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.learner.rows import Rows
+from apr_ray.learner.steps import GrpoStep, StepStats, merge
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import copy_flat, pack_weights, trainable_parameters
 from apr_ray.rl.batches import plan_micro_batches
 from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
-from apr_ray.rl.mismatch import Correction, Mismatch, importance_weights, measure_mismatch, tree_sums
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """One rank's share of an optimiser step: sums, so that ranks add up (`merge`).
-
-    Attributes:
-        loss, kl, entropy: weighted sums over the tokens this rank saw.
-        tokens: trained tokens; `clipped` of them had a clipped ratio, `cut` of them a cut importance weight.
-        padded_tokens: rows times width over all micro-batches: what the forward pass had to compute.
-        grad_norm: before clipping; the same on every rank.
-        slope: Σ logprob × ∂loss/∂logprob over the trained tokens, of GRPO. Its sign is the gradient's, where the loss
-            itself is near 0 on policy, whichever way it is descended.
-        mismatch: of the whole batch, the same on every rank; of the first inner step of GRPO only.
-    """
-
-    loss: float
-    tokens: int
-    padded_tokens: int
-    grad_norm: float
-    learning_rate: float
-    kl: float = 0.0
-    entropy: float = 0.0
-    clipped: int = 0
-    cut: int = 0
-    slope: float = 0.0
-    mismatch: Mismatch | None = None
-
-
-def merge(parts: Sequence[StepStats]) -> StepStats:
-    """Ranks' shares as one."""
-    return StepStats(
-        loss=sum(p.loss for p in parts),
-        tokens=sum(p.tokens for p in parts),
-        padded_tokens=sum(p.padded_tokens for p in parts),
-        grad_norm=parts[0].grad_norm,
-        learning_rate=parts[0].learning_rate,
-        kl=sum(p.kl for p in parts),
-        entropy=sum(p.entropy for p in parts),
-        clipped=sum(p.clipped for p in parts),
-        cut=sum(p.cut for p in parts),
-        slope=sum(p.slope for p in parts),
-        mismatch=parts[0].mismatch,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class GrpoStep:
-    """How to take a GRPO step; see `config.GrpoConfig`."""
-
-    clip: float
-    kl_coefficient: float
-    temperature: float
-    inner_steps: int
-    ratio: Literal["behaviour", "proximal"] = "behaviour"
-    correction: Correction | None = None
-    bf16: bool = False
-
-    @classmethod
-    def of(cls, grpo: GrpoConfig) -> GrpoStep:
-        """As configured."""
-        correction = None
-        if grpo.correction != "none":
-            correction = Correction(
-                grpo.correction, grpo.correction_level, grpo.correction_cap, from_delta=grpo.correction_from
-            )
-        bf16 = grpo.precision == "bf16"
-        return cls(grpo.clip, grpo.kl_coefficient, grpo.temperature, grpo.inner_steps, grpo.ratio, correction, bf16)
+from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 
 
 class Trainer:

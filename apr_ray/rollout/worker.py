@@ -21,6 +21,7 @@ from apr_ray.engines.registry import build_engine
 from apr_ray.parts import lasting_imports, own_log
 from apr_ray.rollout.spread import SpreadEngine
 from apr_ray.tasks.registry import load_task
+from apr_ray.threads.events import Listener
 from apr_ray.threads.runtime import TreeRequest, run_tree
 
 log = logging.getLogger(__name__)
@@ -138,8 +139,18 @@ class RolloutWorker:
             self.started += 1
             tree_id = f"{self.worker_id}-{self.started:09d}"
             return await run_tree(
-                self.lanes, self.protocol, request, self.bounds, tree_id=tree_id, engine_id=self.worker_id
+                self.lanes,
+                self.protocol,
+                request,
+                self.bounds,
+                tree_id=tree_id,
+                engine_id=self.worker_id,
+                listener=self.listener(),
             )
+
+    def listener(self) -> Listener | None:
+        """Who hears the events of the next tree."""
+        return None
 
     async def meet(self, index: int, workers: Sequence[Any]) -> None:
         """Learn who the pool's workers are, and which of them this is: from now on children are spread over all."""

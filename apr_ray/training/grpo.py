@@ -23,7 +23,7 @@ from apr_ray.core.weights import FIRST_VERSION, WeightVersion
 from apr_ray.evaluation.evaluate import tree_seed
 from apr_ray.evaluation.kept_batch import KeptStep, Reported, keep_batch
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.learner.trainer import GrpoStep, StepStats
+from apr_ray.learner.steps import GrpoStep, StepStats
 from apr_ray.metrics.mismatch import mismatch_metrics
 from apr_ray.metrics.trees import failure_reasons, samples, staleness, tree_metrics
 from apr_ray.model.llama import policy_fingerprint

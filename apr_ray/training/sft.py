@@ -13,7 +13,7 @@ from apr_ray.core.errors import ConfigError
 from apr_ray.core.weights import WeightVersion
 from apr_ray.data.demonstrations import Demonstrations, SftSampler
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.learner.trainer import StepStats
+from apr_ray.learner.steps import StepStats
 from apr_ray.model.llama import read_config
 from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
