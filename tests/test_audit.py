@@ -78,11 +78,11 @@ def learn(made: GrpoBatch, checkpoint: Path, step: KeptStep) -> Reported:
     policy: Any = load_policy(checkpoint)
     anchor: Any = load_policy(step.reference) if step.reference else None
     batch = made.batch
-    columns = (batch.tokens, batch.behaviour_logprobs, batch.advantages, batch.loss_weights)
+    columns = (batch.tokens, batch.targets, batch.behaviour_logprobs, batch.advantages, batch.loss_weights)
     rows = [[torch.from_numpy(c[a:b])[None] for c in columns] for a, b in itertools.pairwise(batch.offsets)]
     with torch.no_grad():
-        starts = [token_logprobs(policy(tokens).logits, tokens, TEMPERATURE) for tokens, *_ in rows]
-    deltas = [log_ratio(start, old, weights != 0) for start, (_, old, _, weights) in zip(starts, rows, strict=True)]
+        starts = [token_logprobs(policy(tokens).logits, targets, TEMPERATURE) for tokens, targets, *_ in rows]
+    deltas = [log_ratio(start, old, weights != 0) for start, (_, _, old, _, weights) in zip(starts, rows, strict=True)]
     flat = torch.cat(deltas, dim=1)[0].numpy()
     mismatch = measure_mismatch(flat, batch)
     sums = torch.from_numpy(tree_sums(flat, batch)[batch.trees])
@@ -90,12 +90,12 @@ def learn(made: GrpoBatch, checkpoint: Path, step: KeptStep) -> Reported:
     if step.correction != "none" and mismatch.whole.delta_mean > step.correction_from:
         how = Correction(step.correction, step.correction_level, step.correction_cap)  # type: ignore[arg-type]
     parts, cut, slope = [], 0, 0.0
-    for i, (tokens, old, advantages, weights) in enumerate(rows):
+    for i, (tokens, targets, old, advantages, weights) in enumerate(rows):
         importance = importance_weights(deltas[i], how, sums[i : i + 1]) if how else None
         cut += int((importance.cut & (weights != 0)).sum()) if importance else 0
         with torch.no_grad():
-            towards = token_logprobs(anchor(tokens).logits, tokens, TEMPERATURE) if anchor else None
-        logprobs = token_logprobs(policy(tokens).logits, tokens, TEMPERATURE)
+            towards = token_logprobs(anchor(tokens).logits, targets, TEMPERATURE) if anchor else None
+        logprobs = token_logprobs(policy(tokens).logits, targets, TEMPERATURE)
         logprobs.retain_grad()
         part = grpo_loss(
             logprobs,

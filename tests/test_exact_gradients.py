@@ -46,10 +46,12 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Toy:
-    """A tree as (prompt, written) per call, in the order root, children, resumed; and its reward."""
+    """A tree as (prompt, written) per call, in the order root, children, resumed; its reward; and the token that the
+    root sampled first, where the runtime forced what is written there in its place."""
 
     calls: tuple[tuple[Ids, Ids], ...]
     reward: float
+    taken_back: int | None = None
 
 
 def texts(limit: int) -> list[Ids]:
@@ -106,9 +108,12 @@ def probabilities(logits: Array) -> Array:
 
 def drawn(tree: Toy) -> list[list[tuple[int, int]]]:
     """(row, token) of everything a tree drew, per call."""
-    return [
+    steps = [
         [(rows()[(*prompt, *written[:i])], token) for i, token in enumerate(written)] for prompt, written in tree.calls
     ]
+    if tree.taken_back is not None:
+        steps[0][0] = steps[0][0][0], tree.taken_back
+    return steps
 
 
 def likelihood(tree: Toy, p: Array) -> float:
@@ -173,6 +178,10 @@ def ledger(tree: Toy, behaviour: Array) -> ThreadTree:
         )
         for (path, segment), (prompt, written), steps in zip(paths, tree.calls, drawn(tree), strict=True)
     )
+    if tree.taken_back is not None:
+        first = calls[0]
+        taken = Replaced(0, tree.taken_back, first.logprobs[0])
+        calls = (replace(first, forced=(0,), replaced=(taken,), logprobs=(0.0, *first.logprobs[1:])), *calls[1:])
     spawned = tuple((i,) for i in range(children))
     spawns = (Spawn((), 0, spawned, ("",) * children),) if children > 0 else ()
     return ThreadTree("p", 0, calls, spawns, (), "", Outcome.ANSWERED, reward=tree.reward)
@@ -216,13 +225,13 @@ def estimate(
     if not len(batch):
         return np.zeros_like(policy), None
     logits = torch.tensor(policy, requires_grad=True)
-    tokens = padded(batch, batch.tokens)
+    tokens, targets = padded(batch, batch.tokens), padded(batch, batch.targets)
     seen = table_logits(logits, tokens)
-    reference = token_logprobs(table_logits(torch.tensor(REFERENCE), tokens), tokens)
+    reference = token_logprobs(table_logits(torch.tensor(REFERENCE), tokens), targets)
     weights = padded(batch, batch.loss_weights)
     old, importance = padded(batch, batch.behaviour_logprobs), None
     if proximal is not None:
-        start = token_logprobs(table_logits(torch.tensor(proximal), tokens), tokens)
+        start = token_logprobs(table_logits(torch.tensor(proximal), tokens), targets)
         delta = log_ratio(start, old, weights != 0)
         old = start
         flat = np.concatenate([row[:n] for row, n in zip(delta.numpy(), batch.lengths, strict=True)])
@@ -230,7 +239,7 @@ def estimate(
             sums = torch.from_numpy(tree_sums(flat, batch)[batch.trees])
             importance = importance_weights(delta, correction, sums).values
     result = grpo_loss(
-        token_logprobs(seen, tokens, temperature),
+        token_logprobs(seen, targets, temperature),
         old,
         padded(batch, batch.advantages),
         weights,
@@ -622,26 +631,27 @@ def test_uncut_weights_follow_the_success_rate_where_every_tree_is_one_token(lev
     close(expected(BANDIT, 2, POLICY, OLD, proximal=POLICY, correction=uncut), gradient)
 
 
-def test_a_replaced_token_is_missing_from_the_gradient() -> None:
-    """Where the runtime takes a token back, its choice is not trained: the expected gradient lacks that score."""
+@pytest.mark.parametrize(("size", "loss_mean"), [(2, "call"), (2, "tree"), (3, "call")])
+def test_a_replaced_token_is_trained_as_it_was_sampled(size: int, loss_mean: LossMean) -> None:
+    """The runtime turns a SPAWN at the start into ON and the call goes on. That is a fixed map of the environment, so
+    the exact gradient has the score of SPAWN at the root and then of what follows ON."""
     p = probabilities(POLICY)
+    trees = (
+        Toy(((ROOT, (END,)),), 0.0),
+        *(Toy(((ROOT, (ON, t)),), float(t == END)) for t in range(VOCAB)),
+        *(Toy(((ROOT, (ON, t)),), float(t == SPAWN), taken_back=SPAWN) for t in range(VOCAB)),
+    )
+    assert mean_over(trees, p, lambda tree: 1.0) == pytest.approx(1, abs=1e-12)
+    found = expected(trees, size, POLICY, POLICY, loss_mean=loss_mean)
 
-    def take_back(tree: ThreadTree) -> ThreadTree:
-        call = tree.calls[0]
-        if call.sampled_ids[0] != ON:
-            return tree
-        taken = Replaced(0, ON, call.logprobs[0])
-        return replace(tree, calls=(replace(call, forced=(0,), replaced=(taken,), logprobs=(0.0, *call.logprobs[1:])),))
-
-    two_tokens = tuple(Toy(((ROOT, text),), float(text[-1] == END)) for text in texts(2))
-
-    def kept(tree: Toy) -> Array:
-        steps = drawn(tree)[0][1:] if tree.calls[0][1][0] == ON else drawn(tree)[0]
-        return sum(score(r, t, p) for r, t in steps) / len(steps)  # type: ignore[return-value]
-
-    rate = mean_over(two_tokens, p, lambda tree: tree.reward)
-    exact = mean_over(two_tokens, p, lambda tree: (tree.reward - rate) * kept(tree)) / (1 + 2 * Z_SCORE_EPS)
-    close(expected(two_tokens, 2, POLICY, POLICY, change=take_back), exact)
+    exact = np.zeros_like(p)
+    for group in product(trees, repeat=size):
+        rewards = np.array([tree.reward for tree in group])
+        z = (rewards - rewards.mean()) / (rewards.std() + Z_SCORE_EPS)
+        chance = math.prod(likelihood(tree, p) for tree in group)
+        exact += chance * sum(a * weighted(tree, p) for a, tree in zip(z, group, strict=True)) / size
+    close(found, exact)
+    assert np.abs(found[rows()[ROOT], SPAWN]) > 1e-3, "the token that was taken back has a gradient"
 
 
 def test_an_aborted_call_is_missing_from_the_gradient_and_from_its_trees_mean() -> None:

@@ -430,7 +430,7 @@ def test_a_call_goes_on_after_one_forced_token_and_ends_at_the_second() -> None:
     assert call.forced == (0, 1)
     assert [(one.position, one.token_id) for one in call.replaced] == [(0, tag), (1, tag)]
     assert len(engine.requests) == 2
-    assert tree.dispositions() == {Disposition.REPLACED: 2}
+    assert tree.dispositions() == {Disposition.TRAINED: 2}
     assert tree.total_tokens == engine.sampled == 2
 
 

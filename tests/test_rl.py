@@ -304,7 +304,7 @@ def test_weights_and_dispositions_of_a_batch(made: list[Group], skip: bool, loss
     assert Counter(zip(*(c[used].tolist() for c in columns), strict=True)) == expected
 
 
-def test_prompts_joined_and_forced_tokens_have_no_weight() -> None:
+def test_prompts_have_no_weight_and_a_replaced_token_is_trained_as_it_was_sampled() -> None:
     spans = (VersionSpan(WeightVersion(0, 6), 0, 1), VersionSpan(WeightVersion(0, 7), 1, 4))
     call = Call(
         (), 0, (7, 8, 9), (1, 2, 3, 4), (-0.1, 0.0, -0.3, -0.4), (1,), (Replaced(1, 5, -2.0),), FinishReason.STOP,
@@ -312,9 +312,10 @@ def test_prompts_joined_and_forced_tokens_have_no_weight() -> None:
     )  # fmt: skip
     trees = tuple(ThreadTree("p", i, (call,), (), (), "", Outcome.ANSWERED, reward=float(i)) for i in range(2))
     batch = grpo_batch([Group("p", trees)], skip_zero_advantage=False).batch
-    np.testing.assert_allclose(batch.loss_weights[:7], [0, 0, 0, 1 / 6, 0, 1 / 6, 1 / 6], rtol=1e-6)
+    np.testing.assert_allclose(batch.loss_weights[:7], [0, 0, 0, 1 / 8, 1 / 8, 1 / 8, 1 / 8], rtol=1e-6)
     np.testing.assert_array_equal(batch.tokens[:7], [7, 8, 9, 1, 2, 3, 4])
-    np.testing.assert_allclose(batch.behaviour_logprobs[:7], [0, 0, 0, -0.1, 0, -0.3, -0.4], rtol=1e-6)
+    np.testing.assert_array_equal(batch.targets[:7], [7, 8, 9, 1, 5, 3, 4])
+    np.testing.assert_allclose(batch.behaviour_logprobs[:7], [0, 0, 0, -0.1, -2.0, -0.3, -0.4], rtol=1e-6)
     np.testing.assert_array_equal(batch.versions[:7], [0, 0, 0, 6, 7, 7, 7])
     np.testing.assert_array_equal(batch.trees, [0, 1])
 

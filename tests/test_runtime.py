@@ -311,7 +311,7 @@ def test_a_failing_engine_is_an_outcome_for_the_root_and_no_solution_for_a_child
 
 
 def test_the_models_own_join_tag_is_replaced_by_a_spawn() -> None:
-    """The sampled token stays in the ledger, the forced one carries no loss, the same call goes on."""
+    """The same call goes on after the forced token, and the sampled one is trained with its own logprob."""
     open_join = TOKENIZER.tag_ids["<Sub Searches>"]
     open_spawn = TOKENIZER.tag_ids["<Calling Sub Searches>"]
     rest = spawn("#0,1", "#0,0").removeprefix("<Calling Sub Searches>")
@@ -330,8 +330,10 @@ def test_the_models_own_join_tag_is_replaced_by_a_spawn() -> None:
     assert replaced.token_id == open_join
     assert call.sampled_ids[replaced.position] == open_spawn
     assert call.logprobs[replaced.position] == 0.0
-    assert replaced.position not in list(call.trained_positions())
-    assert call.dispositions()[Disposition.REPLACED] == 1
+    assert list(call.trained_positions()) == list(range(len(call.sampled_ids)))
+    ids_drawn, logprobs_drawn = call.as_sampled()
+    assert (ids_drawn[replaced.position], logprobs_drawn[replaced.position]) == (open_join, replaced.logprob)
+    assert call.dispositions() == {Disposition.TRAINED: call.sampled_tokens}
     assert len({r.sampling.seed for r in engine.requests}) == len(engine.requests)
 
 

@@ -134,7 +134,7 @@ class PlainTorch:
         for indices in self.plan(batch):
             rows = Rows(batch, indices, torch.device("cpu"))
             logits = self.policy(input_ids=rows.tokens, use_cache=False).logits
-            logprobs = token_logprobs(logits, rows.tokens)
+            logprobs = token_logprobs(logits, rows.targets)
             with torch.no_grad():
                 entropy = token_entropy(logits)
             loss = grpo_loss(

@@ -10,6 +10,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 COLUMNS = {
+    "targets": np.int64,
     "loss_weights": np.float32,
     "advantages": np.float32,
     "behaviour_logprobs": np.float32,
@@ -26,7 +27,9 @@ class TrainBatch:
     per-token loss, so that neither the split into micro-batches nor the number of ranks can change it (contract 3).
 
     Attributes:
-        tokens: int64 [N].
+        tokens: int64 [N]; what the policy is shown.
+        targets: int64 [N]; the token whose logprob is trained at each place, given the tokens before it. It is not the
+            token itself where the environment put another in place of the one that was chosen.
         loss_weights: float32 [N]; weight of predicting token t from those before it; 0 at a sequence's first token.
         advantages: float32 [N].
         behaviour_logprobs: float32 [N]; what the engine reported when it drew the token.
@@ -37,6 +40,7 @@ class TrainBatch:
     """
 
     tokens: Array
+    targets: Array
     loss_weights: Array
     advantages: Array
     behaviour_logprobs: Array
@@ -56,13 +60,15 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
-    """One sequence before it is laid into a batch; all fields but `tree` have one entry per token."""
+    """One sequence before it is laid into a batch; all fields but `tree` have one entry per token. Without `targets`
+    they are the tokens themselves."""
 
     tokens: Sequence[int]
     loss_weights: Sequence[float]
     advantages: Sequence[float] | None = None
     behaviour_logprobs: Sequence[float] | None = None
     versions: Sequence[int] | None = None
+    targets: Sequence[int] | None = None
     tree: int = 0
 
 
@@ -82,7 +88,7 @@ def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:
     tokens = np.empty(size, dtype=np.int64)
     columns: dict[str, Array] = {name: np.zeros(size, dtype=kind) for name, kind in COLUMNS.items()}
     for sequence, start, end in zip(sequences, offsets[:-1], offsets[1:], strict=True):
-        tokens[start:end] = sequence.tokens
+        tokens[start:end] = columns["targets"][start:end] = sequence.tokens
         for name, column in columns.items():
             values = getattr(sequence, name)
             if values is not None:

@@ -34,7 +34,6 @@ class Disposition(StrEnum):
     """What becomes of a sampled token in training."""
 
     TRAINED = "trained"
-    REPLACED = "replaced"
     ABORTED = "aborted"
     ERROR = "error"
     ZERO_ADVANTAGE = "zero_advantage"
@@ -44,6 +43,9 @@ class Disposition(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Replaced:
     """A sampled token that the runtime took back and forced another in its place.
+
+    It is trained as it was sampled. The replacement is a fixed map of the environment: the same token always becomes
+    the same other one, so the policy's choice is the sampled token, and its gradient is that token's.
 
     Attributes:
         position: index into `Call.sampled_ids` of the forced token.
@@ -98,21 +100,22 @@ class Call:
         An aborted call was cut at a moment that depends on its siblings or on a clock, not on its own tokens: training
         on it would reward being cut. A call that failed is not trusted.
         """
-        kept = len(self.sampled_ids) - len(self.forced)
         whole = {FinishReason.ABORTED: Disposition.ABORTED, FinishReason.ERROR: Disposition.ERROR}.get(self.finish)
-        counts: Counter[Disposition] = Counter()
-        if kept:
-            counts[whole or Disposition.TRAINED] = kept
-        if self.replaced:
-            counts[Disposition.REPLACED] = len(self.replaced)
-        return counts
+        return Counter({whole or Disposition.TRAINED: self.sampled_tokens}) if self.sampled_tokens else Counter()
 
     def trained_positions(self) -> Iterator[int]:
-        """Indices into `sampled_ids` that carry loss."""
+        """Indices into `sampled_ids` that carry loss: all but forced tokens in whose place nothing was sampled."""
         if self.finish in (FinishReason.ABORTED, FinishReason.ERROR):
             return iter(())
-        forced = set(self.forced)
-        return (i for i in range(len(self.sampled_ids)) if i not in forced)
+        unchosen = set(self.forced).difference(r.position for r in self.replaced)
+        return (i for i in range(len(self.sampled_ids)) if i not in unchosen)
+
+    def as_sampled(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Ids and logprobs as the policy sampled them: those of replaced tokens in place of the forced ones."""
+        ids, logprobs = list(self.sampled_ids), list(self.logprobs)
+        for one in self.replaced:
+            ids[one.position], logprobs[one.position] = one.token_id, one.logprob
+        return tuple(ids), tuple(logprobs)
 
 
 @dataclass(frozen=True, slots=True)

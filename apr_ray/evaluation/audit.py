@@ -133,8 +133,16 @@ def _load_reference(checkpoint: str) -> Any:
 
 
 def carries_loss(call: Call) -> list[int]:
-    """Positions among the sampled ids that are trained: all but forced ones, and none of a call that was cut."""
-    return [] if call.finish in CUT else [i for i in range(len(call.sampled_ids)) if i not in call.forced]
+    """Positions among the sampled ids that are trained: all where the policy chose, and none of a call that was cut."""
+    return [] if call.finish in CUT else list(chosen(call))
+
+
+def chosen(call: Call) -> dict[int, tuple[int, float]]:
+    """What the policy chose at each position, with its logprob then: where a token was replaced, the one it sampled."""
+    pairs = enumerate(zip(call.sampled_ids, call.logprobs, strict=False))  # unequal lengths are a fault of their own
+    kept = {i: pair for i, pair in pairs if i not in call.forced}
+    taken_back = {r.position: (r.token_id, r.logprob) for r in call.replaced}
+    return dict(sorted((kept | taken_back).items()))
 
 
 def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
@@ -152,17 +160,15 @@ def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
     for tree in kept.trees:
         by_place = {(call.path, call.segment): call for call in tree.calls}
         for call in tree.calls:
-            drawn = [i for i in range(len(call.sampled_ids)) if i not in call.forced]
-            sampled += len(drawn) + len(call.replaced)
+            drawn = len(chosen(call))
+            sampled += drawn
             if id(tree) not in fresh:
-                counts["stale"] += len(drawn) + len(call.replaced)
+                counts["stale"] += drawn
             else:
                 fate = "zero_advantage" if id(tree) in skipped else "trained"
                 if tree.outcome is Outcome.ENGINE_ERROR:
                     fate = "error"
-                kind = CUT.get(call.finish, fate)
-                counts[kind] += len(drawn)
-                counts["replaced"] += len(call.replaced)
+                counts[CUT.get(call.finish, fate)] += drawn
             faults += not _is_whole(call, vocabulary)
         for join in tree.joins:
             before, after = (by_place.get((join.path, join.segment + i)) for i in (0, 1))
@@ -325,7 +331,8 @@ def _deltas(policy: Any, part: _Part, temperature: float) -> list[float]:
     if not part.positions:
         return []
     logprobs = _logprobs(policy, part.call, temperature).tolist()
-    return [logprobs[i] - part.call.logprobs[i] for i in part.positions]
+    drawn = chosen(part.call)
+    return [logprobs[i] - drawn[i][1] for i in part.positions]
 
 
 def _exponents(deltas: Sequence[Sequence[float]], level: str) -> list[list[float]]:
@@ -345,12 +352,12 @@ def _one_call(kept: KeptBatch, policy: Any, reference: Any, part: _Part, sums: _
         return
     with torch.set_grad_enabled(bool(positions)):
         logprobs = _logprobs(policy, call, step.temperature)
-    drawn = [i for i in range(len(call.sampled_ids)) if i not in call.forced]
+    drawn = chosen(call)
     values = logprobs.tolist()
-    off = [abs(values[i] - call.logprobs[i]) for i in range(len(call.sampled_ids))]
+    off = {i: abs(values[i] - logprob) for i, (_, logprob) in drawn.items()}
     if {span.version for span in call.versions} <= {kept.version}:
         sums.recomputed += 1
-        sums.deltas += [off[i] for i in drawn]
+        sums.deltas += off.values()
     if not positions:
         return
     sums.trained += len(positions)
@@ -360,7 +367,7 @@ def _one_call(kept: KeptBatch, policy: Any, reference: Any, part: _Part, sums: _
     call_loss: Any = 0.0
     call_kl = size = 0.0
     for i, importance in zip(positions, part.importance, strict=True):
-        old = call.logprobs[i] if step.ratio == "behaviour" else values[i]
+        old = drawn[i][1] if step.ratio == "behaviour" else values[i]
         ratio = (logprobs[i] - old).exp()
         clipped = ratio.clamp(1 - step.clip, 1 + step.clip)
         gain = importance * torch.minimum(ratio * part.advantage, clipped * part.advantage)
@@ -385,7 +392,10 @@ def _one_call(kept: KeptBatch, policy: Any, reference: Any, part: _Part, sums: _
 
 
 def _logprobs(policy: Any, call: Call, temperature: float) -> torch.Tensor:
-    """float32 [sampled]: of each of a call's ids given those before it, the call alone in its batch."""
+    """float32 [sampled]: of what was chosen at each position given the ids before it, the call alone in its batch."""
     ids = torch.tensor([[*call.prompt_ids, *call.sampled_ids]])
+    targets = ids[0, len(call.prompt_ids) :].clone()
+    for i, (token_id, _) in chosen(call).items():
+        targets[i] = token_id
     logits = policy(input_ids=ids, use_cache=False).logits[0, len(call.prompt_ids) - 1 : -1] / temperature
-    return torch.log_softmax(logits, dim=-1).gather(1, ids[0, len(call.prompt_ids) :, None])[:, 0]
+    return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]

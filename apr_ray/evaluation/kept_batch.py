@@ -20,10 +20,11 @@ from apr_ray.core.trees_io import read_trees, write_trees
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import replace_directory
 
-FORMAT_VERSION = 3
-READABLE = (1, 2, 3)
+FORMAT_VERSION = 4
+READABLE = (1, 2, 3, 4)
 """Format 1 knew no options of the loss: the defaults of `KeptStep` and `Reported` are what it did. Formats 1 and 2 knew
-no slope."""
+no slope. Up to format 3 replaced tokens carried no loss: a batch that holds one is refused."""
+LAST_WITHOUT_REPLACED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,11 @@ def read_batch(folder: Path) -> KeptBatch:
         if found not in READABLE:
             raise AprError(
                 f"{folder}/step.json has format {found!r}, this version reads {READABLE}",
+                "Audit it with the apr-ray version that wrote it",
+            )
+        if found <= LAST_WITHOUT_REPLACED and data["dispositions"].pop("replaced", 0):
+            raise AprError(
+                f"{folder}/step.json has format {found}: its replaced tokens carried no loss",
                 "Audit it with the apr-ray version that wrote it",
             )
         reported = data.pop("reported")

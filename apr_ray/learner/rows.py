@@ -35,6 +35,7 @@ class Rows:
 
         self.trees = batch.trees[list(indices) or [0]]
         self.tokens = stack(batch.tokens)
+        self.targets = stack(batch.targets)
         self.weights = stack(batch.loss_weights)
         self.advantages = stack(batch.advantages)
         self.behaviour_logprobs = stack(batch.behaviour_logprobs)

@@ -123,7 +123,7 @@ class Trainer:
         for indices in self.plan(batch):
             rows = Rows(batch, indices, self.device)
             logits = self._logits(self.engine, rows.tokens, bf16)
-            loss = sft_loss(token_logprobs(logits, rows.tokens), rows.weights)
+            loss = sft_loss(token_logprobs(logits, rows.targets), rows.weights)
             self.engine.backward(loss * self.world)
             loss_sum += float(loss.detach())
             padded += rows.tokens.numel()
@@ -151,7 +151,7 @@ class Trainer:
     def _accumulate(self, rows: Rows, step: GrpoStep, learning_rate: float) -> StepStats:
         """Forward and backward of one micro-batch."""
         logits = self._logits(self.engine, rows.tokens, step.bf16)
-        logprobs = token_logprobs(logits, rows.tokens, step.temperature)
+        logprobs = token_logprobs(logits, rows.targets, step.temperature)
         with torch.no_grad():
             entropy = token_entropy(logits, step.temperature)
         if rows.proximal is None:  # the first inner step: the policy is still that at the start of the batch
@@ -190,7 +190,7 @@ class Trainer:
         for rows in rows_of:
             with torch.no_grad():
                 logits = self._logits(self.policy, rows.tokens, step.bf16)
-            rows.proximal = token_logprobs(logits, rows.tokens, step.temperature)
+            rows.proximal = token_logprobs(logits, rows.targets, step.temperature)
         delta = self._delta(batch, rows_of)
         if not how.applies(measure_mismatch(delta, batch).whole.delta_mean):
             return
@@ -304,7 +304,7 @@ class Trainer:
     def reference_logprobs(self, rows: Rows, temperature: float, bf16: bool = False) -> torch.Tensor:
         """[b, t] under the reference policy."""
         logits = self._logits(self.reference, rows.tokens, bf16)
-        return token_logprobs(logits, rows.tokens, temperature)
+        return token_logprobs(logits, rows.targets, temperature)
 
     def weights(self, version: WeightVersion, flat: np.ndarray[Any, Any] | None = None) -> WeightUpdate:
         """All parameters as one buffer: `flat`, if given. All ranks must enter `whole_policy` for it."""

@@ -110,19 +110,21 @@ def _trained_calls(tree: ThreadTree) -> list[tuple[Call, list[int]]]:
 
 
 def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantage: float, tree: int) -> TrainSequence:
-    """One call: prompt and forced tokens have weight 0."""
+    """One call: its prompt has weight 0, and a replaced token is trained as it was sampled, with its own logprob."""
     start = len(call.prompt_ids)
     size = start + len(call.sampled_ids)
     weights = np.zeros(size, dtype=np.float32)
     weights[start + np.asarray(positions)] = weight
+    chosen_ids, chosen_logprobs = call.as_sampled()
     logprobs = np.zeros(size, dtype=np.float32)
-    logprobs[start:] = call.logprobs
+    logprobs[start:] = chosen_logprobs
     versions = np.zeros(size, dtype=np.int32)
     for span in call.versions:
         versions[start + span.start : start + span.end] = span.version.counter
     advantages: Any = np.full(size, advantage, dtype=np.float32)
     ids = (*call.prompt_ids, *call.sampled_ids)
-    return TrainSequence(ids, weights, advantages, logprobs, versions, tree)  # type: ignore[arg-type]
+    targets = (*call.prompt_ids, *chosen_ids)
+    return TrainSequence(ids, weights, advantages, logprobs, versions, targets, tree)  # type: ignore[arg-type]
 
 
 def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]]) -> TrainBatch:

@@ -28,13 +28,13 @@ class PolicyLoss:
     tokens: int
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Logprob of each token given those before it: [b, t] from logits [b, t, v]; 0 at the first position.
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Logprob of each target given the tokens before it: [b, t] from logits [b, t, v]; 0 at the first position.
 
     Computed in float32, or in float64 where the logits are.
     """
     scaled = _precise(logits[:, :-1]) / temperature
-    picked = scaled.gather(-1, tokens[:, 1:, None])[..., 0] - scaled.logsumexp(dim=-1)
+    picked = scaled.gather(-1, targets[:, 1:, None])[..., 0] - scaled.logsumexp(dim=-1)
     return torch.nn.functional.pad(picked, (1, 0))
 
 
