@@ -16,6 +16,8 @@ OPTIONAL = {
     "sglang": "engine.name=sglang (pip install 'apr-ray[sglang]')",
     "vllm": "engine.name=vllm (pip install 'apr-ray[vllm]')",
 }
+DOCTOR_TOKENS = 1024
+"""Padded tokens of the micro-batch that is timed, as in the preset quickstart."""
 NEEDED_DISK_GB = 5
 NEEDED_SHM_GB = 1
 
@@ -28,7 +30,7 @@ def examine(root: Path = Path(".")) -> list[Row]:
     for name, purpose in OPTIONAL.items():
         rows.append((name, _version(name) or _version(f"{name}-cpu") or "not installed", purpose))
     rows.append(("GPU", _gpu(), "optional"))
-    rows.append(("bfloat16 on the CPU", _bf16(), "optional: sft.precision=auto takes it where it is fast"))
+    rows.append(("precision on the CPU", _precision(), "sft.precision=auto takes the faster one"))
     rows.append(("compiler", shutil.which("g++") or "none", "optional: nothing here compiles at run time"))
     rows.append(("cores", str(os.cpu_count()), "2 for the quickstart's times"))
     free = shutil.disk_usage(root).free / 2**30
@@ -47,14 +49,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _bf16() -> str:
-    if importlib.util.find_spec("torch") is None:
-        return "unknown without torch"
+def _precision() -> str:
+    """Timed on one thread, at the default policy's shape; which instructions the processor has says little."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "tokenizers")):
+        return "unknown without torch and transformers"
     import torch
 
-    from apr_ray.learner.device import multiplies_bf16
+    from apr_ray.config import ModelConfig, TaskConfig
+    from apr_ray.learner.precision import time_precisions
+    from apr_ray.model.llama import new_policy
+    from apr_ray.tasks.registry import load_task
 
-    return "has instructions" if multiplies_bf16(torch.device("cpu")) else "no instructions: fp32 is faster"
+    torch.set_num_threads(1)
+    policy = new_policy(ModelConfig(), load_task(TaskConfig()).tokenizer(), seed=0)
+    return str(time_precisions(policy, DOCTOR_TOKENS, torch.device("cpu")))
 
 
 def _gpu() -> str:

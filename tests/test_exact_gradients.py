@@ -27,7 +27,7 @@ from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.ledger import Call, Group, Outcome, Replaced, Spawn, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.rl.advantages import Z_SCORE_EPS, AdvantageKind
-from apr_ray.rl.batches import LossMean, grpo_batch, sft_batch
+from apr_ray.rl.batches import LossMean, SftRow, grpo_batch, sft_batch
 from apr_ray.rl.losses import grpo_loss, log_ratio, sft_loss, token_entropy, token_logprobs
 from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 
@@ -688,7 +688,8 @@ def test_supervised_training_follows_the_batchs_mean_over_tokens(mask_prompt: bo
         return [(rows().get(whole[:i], len(rows())), whole[i]) for i in range(first, len(whole))]
 
     for (i, a), (j, b) in product(enumerate(demonstrations), repeat=2):
-        batch = sft_batch([(np.array([*p_, *t]), len(p_) if mask_prompt else 0) for p_, t in (a, b)])
+        texts_ = [(np.array([*p_, *t]), len(p_) if mask_prompt else 0) for p_, t in (a, b)]
+        batch = sft_batch([SftRow(ids, ids, skipped) for ids, skipped in texts_])
         logits = torch.tensor(POLICY, requires_grad=True)
         tokens = padded(batch, batch.tokens)
         loss = sft_loss(token_logprobs(table_logits(logits, tokens), tokens), padded(batch, batch.loss_weights))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
+from apr_ray.cli.common import find_config
+from apr_ray.config import load_config
 from apr_ray.core.errors import AprError
 from apr_ray.tasks.countdown.oracle import is_solvable
-from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
+from apr_ray.tasks.countdown.problem import SPLITS, CountdownProblem, ProblemSpace
+from apr_ray.tasks.registry import load_task
 
 SMALL = ProblemSpace(count=3, low=1, high=15, target_low=10, target_high=60, heldout_fraction=0.1)
 
@@ -14,16 +19,30 @@ SMALL = ProblemSpace(count=3, low=1, high=15, target_low=10, target_high=60, hel
 def test_splits_share_no_multiset_and_target_in_whatever_order() -> None:
     train = {p.split_key for p in SMALL.sample("train", 3000, seed=0)}
     heldout = {p.split_key for p in SMALL.sample("heldout", 300, seed=0)}
+    validation = {p.split_key for p in SMALL.sample("validation", 40, seed=0)}
     targets = {p.target for p in SMALL.sample("heldout_targets", 50, seed=0)}
     assert not train & heldout
-    assert not targets & {int(key.split("->")[1]) for key in train | heldout}
+    assert not validation & (train | heldout)
+    assert not targets & {int(key.split("->")[1]) for key in train | heldout | validation}
 
 
 def test_every_pair_is_in_exactly_one_split_and_shares_are_as_asked() -> None:
     pairs = SMALL.solvable_pairs()
-    counts = {name: sum(SMALL.split_of(p) == name for p in pairs) for name in ("train", "heldout", "heldout_targets")}
+    counts = {name: sum(SMALL.split_of(p) == name for p in pairs) for name in SPLITS}
     assert sum(counts.values()) == len(pairs)
     assert 0.05 < counts["heldout"] / len(pairs) < 0.15
+    assert 0.005 < counts["validation"] / len(pairs) < 0.02
+
+
+def test_the_quickstarts_held_out_pairs_are_a_thousand_and_those_that_choose() -> None:
+    space = load_task(load_config([find_config("quickstart")]).task).options.space
+    counts = Counter(space.split_of(p) for p in space.solvable_pairs())
+    assert (counts["heldout"], counts["validation"]) == (1000, 181)
+
+
+def test_more_validation_problems_than_are_held_out_are_refused() -> None:
+    with pytest.raises(AprError, match=r"validation_fraction 0\.2 is above heldout_fraction 0\.1"):
+        ProblemSpace(validation_fraction=0.2)
 
 
 def test_the_same_seed_gives_the_same_problems_on_any_machine() -> None:
@@ -34,7 +53,7 @@ def test_the_same_seed_gives_the_same_problems_on_any_machine() -> None:
     assert made != [p.key for p in SMALL.sample("heldout", 4, seed=6)]
 
 
-EXPECTED = ["7,14,7->28", "7,1,2->10", "9,7,9->54", "12,14,5->31"]
+EXPECTED = ["3,4,9->21", "13,12,9->48", "5,8,15->24", "4,8,6->24"]
 
 
 def test_more_problems_begin_with_the_same_ones() -> None:

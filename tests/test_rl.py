@@ -19,7 +19,7 @@ from apr_ray.core.weights import WeightVersion
 from apr_ray.metrics.mismatch import mismatch_metrics
 from apr_ray.metrics.names import is_known
 from apr_ray.rl.advantages import ADVANTAGES, group_advantages
-from apr_ray.rl.batches import LossMean, grpo_batch, plan_micro_batches, sft_batch
+from apr_ray.rl.batches import LossMean, SftRow, grpo_batch, plan_micro_batches, sft_batch
 from apr_ray.rl.losses import grpo_loss, k3, sft_loss, token_entropy, token_logprobs
 from apr_ray.rl.mismatch import Apart, Correction, importance_weights, measure_mismatch, tree_sums
 from apr_ray.rl.schedules import learning_rate
@@ -359,7 +359,7 @@ def test_a_tree_without_a_reward_cannot_be_trained_on() -> None:
 @given(st.lists(st.tuples(st.integers(2, 30), st.integers(1, 20)), min_size=1, max_size=12), st.booleans())
 def test_supervised_weights_sum_to_one(sizes: list[tuple[int, int]], mask: bool) -> None:
     sequences = [(np.arange(n), min(p, n - 1)) for n, p in sizes]
-    batch = sft_batch([(ids, prompt if mask else 0) for ids, prompt in sequences])
+    batch = sft_batch([SftRow(ids, ids, prompt if mask else 0) for ids, prompt in sequences])
     assert batch.loss_weights.sum() == pytest.approx(1, rel=1e-5)
     for (ids, prompt), start in zip(sequences, batch.offsets[:-1], strict=True):
         weights = batch.loss_weights[start : start + len(ids)]

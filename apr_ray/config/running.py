@@ -209,15 +209,17 @@ class EvalConfig(Section):
     """Evaluation on held-out problems."""
 
     problems: Positive = 500
-    """Held-out problems of a full evaluation."""
+    """Problems of a full evaluation."""
     samples: Positive = 1
     """Trees per problem at temperature > 0."""
     temperatures: tuple[Rate, ...] = (0.0, 1.0)
     """Sampling temperatures of a full evaluation; 0 is greedy."""
-    split: Literal["heldout", "heldout_targets"] = "heldout"
-    """Held out by (multiset, target), or by target."""
+    split: Literal["heldout", "validation", "heldout_targets"] = "heldout"
+    """Problems of a full evaluation: the test set, the validation set, or those whose targets are never trained on."""
+    targets_problems: Count = 0
+    """Problems with held-out targets that a full evaluation decodes greedily besides."""
     during_training_problems: Positive = 100
-    """Held-out problems of an evaluation during training, greedy."""
+    """Validation problems of an evaluation during training, greedy: `best/` is chosen by them."""
     traced_trees: Count = 3
     """Trees per evaluation that go to the tracker as traces."""
 

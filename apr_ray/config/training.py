@@ -102,22 +102,22 @@ class SftConfig(Section):
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=100, schedule="linear")
     batch_tokens: Positive = 4096
-    """Real tokens per optimiser step, over all ranks."""
+    """Padded tokens per optimiser step, about, over all ranks: a whole number of micro-batches for each rank."""
     tokens: Positive = 10_000_000
     """Tokens trained on in all."""
     max_minutes: PositiveFloat | None = None
-    """Ends training by the clock; the schedule then follows the clock too."""
+    """A guard: ends training by the clock before `tokens`; the schedule then follows the clock."""
     child_first_fraction: Fraction = 0.2
-    """First share of training in which only children's short sequences are shown (curriculum)."""
+    """First share of training over which the children's share of what is shown falls, linearly, from all of it to the
+    usual one: a curriculum that begins with short texts."""
     child_share: Fraction = 1.0
-    """Share of the children's sequences shown after that, drawn anew each epoch: a tree has several, much alike."""
+    """How often a child's sequence is shown for each time that a parent's is: a tree has several, much alike."""
     mask: Literal["none", "given", "prompt"] = "none"
     """What carries no loss: nothing, as in the paper; what a thread was given at its start (a parent's later calls then
     train its earlier text and the joins again); or the whole prompt of every call."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """bf16 runs the matrix products of a step under autocast; weights, optimiser and loss stay in float32. auto is bf16
-    where every rank's processor multiplies it, else fp32: a CPU without such instructions is six times slower with
-    bf16."""
+    """bf16 runs the matrix products of a step under autocast; weights, optimiser and loss stay in float32. auto times
+    one micro-batch of each on every rank as training begins, and takes the faster."""
     eval_every: Positive = 5000
     """Steps between evaluations on held-out problems; the best policy is kept."""
     save_every: Positive = 500

@@ -45,6 +45,8 @@ class Tokenizer(Protocol):
         ...
 
 
+VALIDATION = "validation"
+"""The split by which checkpoints and settings are chosen."""
 SOLVED = "solved"
 """What a solved tree's verdict is called, by every task."""
 
@@ -140,6 +142,22 @@ class SpawnJoinProtocol(ABC):
         """
         return None
 
+    def chooses_to_spawn(self, token_id: int) -> bool | None:
+        """Where a thread may spawn: whether this token does so (True) or goes on alone (False); None for any other.
+
+        Metrics of the decision to spawn rest on it; by default there are none.
+        """
+        return None
+
+    def supervised_targets(self) -> dict[int, int]:
+        """What to train where a demonstration holds a token that only the runtime writes, as {it: its target}.
+
+        The runtime forces the target wherever a model writes the token itself. Were the token a target too, one
+        decision would be learned under two names.
+        """
+        ids = range(self.tokenizer.vocab_size)
+        return {i: forced for i in ids if (forced := self.forced_replacement(i)) is not None}
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text of the protocol's own."""
         return tuple(self.tokenizer.encode(text))
@@ -221,7 +239,8 @@ class Task(ABC):
 
     @abstractmethod
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
-        """`count` distinct problems of a split ("train", "heldout", "heldout_targets"); the same on any machine.
+        """`count` distinct problems of a split ("train", "validation", "heldout", "heldout_targets"); the same on any
+        machine.
 
         Raises AprError where the split holds fewer.
         """

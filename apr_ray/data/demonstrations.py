@@ -1,6 +1,6 @@
 """Demonstrations: the solver's texts, tokenised, in Parquet; one row a sequence.
 
-problems ─▶ ray.data: solve and tokenise in parallel ─▶ Parquet ─▶ Demonstrations (flat arrays) ─▶ SftSampler
+problems ─▶ ray.data: solve and tokenise in parallel ─▶ Parquet ─▶ Demonstrations (flat arrays)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -19,10 +19,8 @@ import numpy as np
 import xxhash
 
 from apr_ray.config import DataConfig, TaskConfig
-from apr_ray.core.batch import TrainBatch
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Problem
-from apr_ray.rl.batches import sft_batch
 from apr_ray.tasks.registry import load_task
 
 SUMMARY = "summary.json"
@@ -252,76 +250,3 @@ class Demonstrations:
             prompts=table["prompt_tokens"].to_numpy(),
             child=np.asarray(table["kind"].to_pylist()) == "child",
         )
-
-
-class SftSampler:
-    """Batches in an order that its arguments alone decide, so that a resumed run goes on where it was.
-
-    Sequences are shuffled, cut into windows of about the same size, sorted by length within each window (little
-    padding), grouped into batches of about the same number of tokens, as near `batch_tokens` as that allows, and the
-    batches of a window shuffled. In the first phase only children's sequences are
-    shown: short texts in which the model learns the format and the arithmetic first.
-
-    Args:
-        mask: what carries no loss; see `config.SftConfig`.
-        ranks: sequences of about the same length come in so many, so that no rank has more of them than another.
-        child_share: share of the children's sequences in the phase "all".
-        position: batches already taken, per phase ("child", "all").
-    """
-
-    WINDOW = 1024
-    """Sequences of a window at least, and batches `WINDOW_BATCHES`."""
-    WINDOW_BATCHES = 16
-
-    def __init__(
-        self,
-        data: Demonstrations,
-        batch_tokens: int,
-        *,
-        mask: str,
-        seed: int,
-        ranks: int = 1,
-        child_share: float = 1.0,
-        position: dict[str, int] | None = None,
-    ) -> None:
-        self.data = data
-        self.batch_tokens = batch_tokens
-        self.skipped = {"none": np.zeros_like(data.given), "given": data.given, "prompt": data.prompts}[mask]
-        self.seed = seed
-        self.ranks = ranks
-        self.child_share = child_share
-        self.position = {"child": 0, "all": 0} | (position or {})
-        self._streams: dict[str, Iterator[np.ndarray[Any, Any]]] = {}
-
-    def next(self, phase: str) -> TrainBatch:
-        """The next batch of a phase; epochs follow each other without end."""
-        if phase not in self._streams:
-            stream = self._batches(phase)
-            for _ in range(self.position[phase]):
-                next(stream)
-            self._streams[phase] = stream
-        self.position[phase] += 1
-        data = self.data
-        chosen = next(self._streams[phase])
-        sequences = [(data.ids[data.offsets[i] : data.offsets[i + 1]], int(self.skipped[i])) for i in chosen]
-        return sft_batch(sequences)
-
-    def _batches(self, phase: str) -> Iterator[np.ndarray[Any, Any]]:
-        child, lengths = self.data.child, self.data.lengths
-        epoch = 0
-        while True:
-            rng = np.random.default_rng([self.seed, epoch, phase == "child"])
-            shown = child if phase == "child" else ~child | (rng.random(len(child)) < self.child_share)
-            order = rng.permutation(np.flatnonzero(shown))
-            tokens = int(lengths[order].sum())
-            size = max(self.WINDOW, self.WINDOW_BATCHES * self.batch_tokens * len(order) // max(tokens, 1))
-            for window in np.array_split(order, max(1, round(len(order) / size))):
-                window = window[np.argsort(lengths[window], kind="stable")]
-                ends = np.cumsum(lengths[window])[self.ranks - 1 :: self.ranks]
-                total = int(lengths[window].sum())
-                share = -(-total // max(1, round(total / self.batch_tokens)))
-                cuts = (np.flatnonzero(np.diff((ends - 1) // share)) + 1) * self.ranks
-                batches = np.split(window, cuts)
-                for index in rng.permutation(len(batches)):
-                    yield batches[index]
-            epoch += 1

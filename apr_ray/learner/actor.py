@@ -20,6 +20,7 @@ from apr_ray.parts import lasting_imports, own_log
 from apr_ray.tasks.registry import load_task
 
 if TYPE_CHECKING:
+    from apr_ray.learner.precision import StepTimes
     from apr_ray.learner.steps import GrpoStep, StepStats
 
 UNUSED = ("mlflow", "scipy", "sklearn")
@@ -65,9 +66,9 @@ class LearnerActor:
             ip = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             return str(ip), int(probe.getsockname()[1])
 
-    def start(self, address: str, port: int) -> tuple[int, bool]:
-        """Join the group and build the policy; returns its parameter count and whether bf16 is fast here."""
-        from apr_ray.learner.device import init_process_group, multiplies_bf16
+    def start(self, address: str, port: int) -> int:
+        """Join the group and build the policy; returns its parameter count."""
+        from apr_ray.learner.device import init_process_group
         from apr_ray.learner.trainer import Trainer
         from apr_ray.model.llama import load_policy, new_policy, parameter_count, require_vocabulary
 
@@ -82,7 +83,12 @@ class LearnerActor:
             policy = new_policy(self.config.model, self.tokenizer, self.config.run.seed)
         count = parameter_count(policy)
         self.trainer = Trainer(policy, learner, self.optimizer, self.rank, learner.ranks)
-        return count, multiplies_bf16(self.trainer.device)
+        return count
+
+    def time_precisions(self) -> StepTimes:
+        from apr_ray.learner.precision import time_precisions
+
+        return time_precisions(self.trainer.policy, self.config.learner.micro_batch_tokens, self.trainer.device)
 
     def sft_step(self, batch: TrainBatch, learning_rate: float, bf16: bool) -> StepStats:
         return self.trainer.sft_step(batch, learning_rate, bf16)

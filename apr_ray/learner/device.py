@@ -1,18 +1,8 @@
-"""What a rank computes on, and how it joins the others."""
+"""How a rank joins the others."""
 
 from __future__ import annotations
 
 import os
-
-import torch
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a processor has instructions for matrix products in bfloat16; without them a CPU emulates, slowly."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def init_process_group(rank: int, world: int, address: str, port: int) -> None:

@@ -14,6 +14,7 @@ from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.weights import WeightSink, WeightVersion
 from apr_ray.learner.actor import LearnerActor
+from apr_ray.learner.precision import StepTimes, slowest
 from apr_ray.learner.steps import GrpoStep, StepStats, merge
 from apr_ray.parts import DEAD, died
 from apr_ray.placement import Places, learner_places
@@ -37,8 +38,6 @@ class LearnerGroup:
         self.zero_stage = zero_stage
         self.places = places
         self.parameters = 0
-        self.multiplies_bf16 = False
-        """Whether every rank's processor has instructions for products in bfloat16."""
         self.logs = [""] * places.need.count
 
     @classmethod
@@ -53,12 +52,15 @@ class LearnerGroup:
             group.places.wait()
             group.logs = group._all([actor.log.remote() for actor in group.actors])
             [(address, port)] = group._all([group.actors[0].address.remote()])
-            started = group._all([actor.start.remote(address, port) for actor in group.actors])
-            group.parameters, group.multiplies_bf16 = started[0][0], all(fast for _, fast in started)
+            group.parameters = group._all([actor.start.remote(address, port) for actor in group.actors])[0]
         except BaseException:
             group.stop()
             raise
         return group
+
+    def time_precisions(self) -> StepTimes:
+        """Seconds of a micro-batch in fp32 and bf16 on the slowest rank, all ranks timing at once."""
+        return slowest(self._all([actor.time_precisions.remote() for actor in self.actors]))
 
     def submit_sft_step(self, batch: TrainBatch, learning_rate: float, bf16: bool = False) -> list[Any]:
         """Start a step; give the result to `finish_sft_step`. Steps run in the order they were submitted."""

@@ -1,7 +1,8 @@
 """Every metric, once: name, unit, meaning (contract 10). Trackers take no other name.
 
-Names of evaluations carry their mode in place of `{mode}`: `greedy`, or `t1.0` for temperature 1; `quick` for those in
-training, greedy on the first `evaluation.during_training_problems` held-out problems.
+Names of evaluations carry their mode in place of `{mode}`: `greedy`, or `t1.0` for temperature 1; `greedy-targets` on
+problems whose targets are never trained on; `quick` for those in training, greedy on
+`evaluation.during_training_problems` validation problems.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ METRICS: tuple[Metric, ...] = (
         "tokens shown per second since the last row, over all ranks; evaluations and saves in between count as time",
     ),
     Metric("sft/padding", "fraction", "share of computed tokens that were padding"),
+    Metric("sft/p_spawn", "fraction", "mean probability to spawn at first decisions of validation demonstrations"),
     Metric("train/loss", "1", "GRPO loss of the first inner step"),
     Metric("train/grad_norm", "1", "gradient norm before clipping, mean over inner steps"),
     Metric("train/learning_rate", "1", "learning rate of the step"),
@@ -76,6 +78,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/depth", "levels", "mean depth of trees"),
     Metric("rollout/truncated", "percent", "trees cut off by a bound or a full context"),
     Metric("rollout/invalid_spawns", "percent", "spawns refused as malformed, of all spawns tried"),
+    Metric("rollout/replaced_spawns", "percent", "spawns whose tag the runtime had to put right, of all tried"),
+    Metric("rollout/p_spawn", "fraction", "trees that spawned at their first decision, of those with one"),
     Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens per second, over all workers"),
     Metric("rollout/cached_tokens", "fraction", "prompt tokens that needed no prefill"),
     Metric("rollout/restarts", "workers", "rollout workers that died and were replaced, since the driver started"),
@@ -99,6 +103,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/{mode}/depth", "levels", "mean depth of trees"),
     Metric("eval/{mode}/truncated", "percent", "trees cut off by a bound or a full context"),
     Metric("eval/{mode}/invalid_spawns", "percent", "spawns refused as malformed, of all spawns tried"),
+    Metric("eval/{mode}/replaced_spawns", "percent", "spawns whose tag the runtime had to put right, of all tried"),
     Metric("eval/{mode}/latency_s", "s", "mean wall time of a tree, all trees running side by side"),
     Metric("rollout/failure/{reason}", "percent", "trees that failed for this reason"),
     Metric("eval/{mode}/failure/{reason}", "percent", "trees that failed for this reason"),
@@ -125,8 +130,18 @@ def mode_name(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"t{float(temperature)!r}"
 
 
+ON_TARGETS = "-targets"
+
+
+def targets_mode(temperature: float) -> str:
+    """The mode of an evaluation on problems with held-out targets: `greedy-targets`."""
+    return mode_name(temperature) + ON_TARGETS
+
+
 def mode_title(mode: str) -> str:
-    """For people: `greedy`, `temperature 1`."""
+    """For people: `greedy`, `temperature 1`, `greedy, held-out targets`."""
+    if mode.endswith(ON_TARGETS):
+        return f"{mode_title(mode.removesuffix(ON_TARGETS))}, held-out targets"
     return f"temperature {float(mode[1:]):g}" if mode.startswith("t") else mode
 
 

@@ -30,6 +30,7 @@ def tree_metrics(trees: Sequence[ThreadTree]) -> dict[str, float]:
     count = len(trees)
     spawns = sum(len(t.spawns) for t in trees)
     invalid = sum(t.invalid_spawns for t in trees)
+    replaced = sum(len(call.replaced) for t in trees for call in t.calls)
     return {
         "total_tokens": sum(t.total_tokens for t in trees) / count,
         "sequential_tokens": sum(t.sequential_tokens for t in trees) / count,
@@ -37,6 +38,7 @@ def tree_metrics(trees: Sequence[ThreadTree]) -> dict[str, float]:
         "depth": sum(t.depth for t in trees) / count,
         "truncated": 100 * sum(t.outcome in CUT_OFF for t in trees) / count,
         "invalid_spawns": 100 * invalid / max(1, spawns + invalid),
+        "replaced_spawns": 100 * replaced / max(1, spawns + invalid),
     }
 
 

@@ -127,19 +127,26 @@ def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantag
     return TrainSequence(ids, weights, advantages, logprobs, versions, targets, tree)  # type: ignore[arg-type]
 
 
-def sft_batch(sequences: Sequence[tuple[np.ndarray[Any, Any], int]]) -> TrainBatch:
+@dataclass(frozen=True, slots=True)
+class SftRow:
+    """One demonstrated sequence: its ids, what to train at each place, and how many of the first carry no loss."""
+
+    ids: np.ndarray[Any, Any]
+    targets: np.ndarray[Any, Any]
+    skipped: int
+
+
+def sft_batch(rows: Sequence[SftRow]) -> TrainBatch:
     """Demonstrations as one batch: the mean over all trained tokens (paper section 3.2).
 
-    Args:
-        sequences: token ids, and how many of the first ones carry no loss (the first never does: nothing precedes it).
+    The first token of a row never carries loss: nothing precedes it.
     """
-    masked = [(ids, max(skip, 1)) for ids, skip in sequences]
-    trained = sum(len(ids) - skip for ids, skip in masked)
+    trained = sum(len(row.ids) - max(row.skipped, 1) for row in rows)
     out = []
-    for ids, skip in masked:
-        weights = np.full(len(ids), 1.0 / trained, dtype=np.float32)
-        weights[:skip] = 0.0
-        out.append(TrainSequence(ids, weights))  # type: ignore[arg-type]
+    for row in rows:
+        weights = np.full(len(row.ids), 1.0 / trained, dtype=np.float32)
+        weights[: max(row.skipped, 1)] = 0.0
+        out.append(TrainSequence(row.ids, weights, targets=row.targets))  # type: ignore[arg-type]
     return lay_out(out)
 
 

@@ -27,6 +27,11 @@ class ProgressBars:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
 
+    def say(self, text: str) -> None:
+        """A line that stays above the bars."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:
         """A bar for the length of a `with` block."""

@@ -20,7 +20,6 @@ from apr_ray.data.demonstrations import require_demonstrations
 from apr_ray.metrics.names import mode_name
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
-from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.grpo import train_grpo
 from apr_ray.training.run_dir import LoopState, RunDir
@@ -136,12 +135,11 @@ def _train(arm: str, config: Config, path: Path, policy: Path, data: Path, bars:
 def _judge(run: RunDir, policy: Path, bars: ProgressBars) -> None:
     """Evaluate a policy of the supervised loop as GRPO's loop evaluates its own."""
     config = run.config
-    heldout = load_task(config.task).problems(config.evaluation.split, config.evaluation.problems, config.run.seed)
     found = run.latest()
     state = found[1] if found else LoopState()
     with ray_session(config), tracked(config, run, state) as tracker:
         pool, reward = RolloutPool.start(config, str(policy)), RewardClient(config.task)
-        Watch(config, run, tracker, heldout, bars).full_evaluation(pool, reward, state)
+        Watch(config, run, tracker, bars).full_evaluation(pool, reward, state)
         pool.stop()
         reward.stop()
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from apr_ray.config import Config, GrpoConfig
 from apr_ray.core.errors import ConfigError, MismatchError
 from apr_ray.core.ledger import Group, ThreadTree
+from apr_ray.core.task import SpawnJoinProtocol
 from apr_ray.core.weights import FIRST_VERSION, WeightVersion
+from apr_ray.evaluation.decisions import sampled_p_spawn
 from apr_ray.evaluation.evaluate import tree_seed
 from apr_ray.evaluation.kept_batch import KeptStep, Reported, keep_batch
 from apr_ray.learner.group import LearnerGroup
@@ -55,6 +57,7 @@ class Parts:
     turns: Turns
     rollouts: Rollouts
     watch: Watch
+    protocol: SpawnJoinProtocol
 
 
 @contextmanager
@@ -63,7 +66,6 @@ def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: 
     grpo, seed = config.grpo, config.run.seed
     task = load_task(config.task)
     train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
-    heldout = task.problems(config.evaluation.split, config.evaluation.problems, seed)
     found = run.latest()
     with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as ends:
         transport = build_transport(config.weights)
@@ -83,8 +85,9 @@ def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: 
         ends.callback(pool.stop)  # the last first: without its pool, a thread of rollouts ends
         reward = RewardClient(config.task)
         ends.callback(reward.stop)
-        watch = Watch(config, run, tracker, heldout, bars)
-        yield Parts(learners, pool, reward, transport, turns, rollouts, watch)
+        watch = Watch(config, run, tracker, bars)
+        protocol = task.protocol(task.load_tokenizer(str(policy)))
+        yield Parts(learners, pool, reward, transport, turns, rollouts, watch, protocol)
 
 
 def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) -> Path:
@@ -146,6 +149,8 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 state.elapsed_s = clock.elapsed_s()
                 metrics = step_metrics(trees, made, stats, measured, times, rollout_s, grpo.kl_coefficient > 0)
                 metrics |= {"sync/delta_logprob_mean": delta, "rollout/restarts": float(pool.restarts)}
+                if (p_spawn := sampled_p_spawn(trees, parts.protocol)) is not None:
+                    metrics["rollout/p_spawn"] = p_spawn
                 run.log_samples(samples(trees, measured), state.step)
                 watch.log(metrics, state.step)
                 last = done() >= 1  # what comes until the next step is not training

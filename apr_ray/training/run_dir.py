@@ -47,6 +47,7 @@ class LoopState:
         step: steps done.
         version: the weights after them.
         tokens: trained on so far.
+        precision: of supervised training, as it was chosen when the run began.
         elapsed_s: of training, over all incarnations.
         position: the sampler's.
         data: of the demonstrations, `Demonstrations.fingerprint`.
@@ -59,6 +60,7 @@ class LoopState:
     step: int = 0
     version: str = "0.0"
     tokens: int = 0
+    precision: str = ""
     elapsed_s: float = 0.0
     position: dict[str, int] = field(default_factory=dict)
     data: str = ""

@@ -11,7 +11,9 @@ from pathlib import Path
 from apr_ray.config import Config
 from apr_ray.core.errors import ConfigError
 from apr_ray.core.weights import WeightVersion
-from apr_ray.data.demonstrations import Demonstrations, SftSampler
+from apr_ray.data.demonstrations import Demonstrations
+from apr_ray.data.sampler import SftSampler
+from apr_ray.evaluation.decisions import decide, decision_points
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.steps import StepStats
 from apr_ray.model.llama import read_config
@@ -43,27 +45,31 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     if state.data and state.data != fingerprint:
         raise ConfigError(f"{run.path} was trained on other demonstrations than {data_dir}", "Give those it began with")
     state.data = fingerprint
+    task = load_task(config.task)
+    protocol = task.protocol(task.tokenizer())
+    bins, bin_tokens = _bins(config)
     sampler = SftSampler(
         data,
-        sft.batch_tokens,
         mask=sft.mask,
+        targets=protocol.supervised_targets(),
+        batch_bins=bins,
+        bin_tokens=bin_tokens,
         seed=config.run.seed,
-        ranks=config.learner.ranks,
         child_share=sft.child_share,
         position=state.position,
     )
     run.truncate_metrics(state.metrics_rows)
-    evaluation = config.evaluation
-    heldout = load_task(config.task).problems(evaluation.split, evaluation.during_training_problems, config.run.seed)
     with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as parts:
         learners = LearnerGroup.start(config, sft.optimizer, config.init_from)
         parts.callback(learners.stop)
-        watch = Watch(config, run, tracker, heldout, bars)
+        watch = Watch(config, run, tracker, bars)
+        points = decision_points(task, watch.validation, config.run.seed)
         judge = _Judge(config, run, learners, data.first_prompts(config.weights.check_calls))
         parts.callback(judge.stop)
         if found:
             learners.load(found[0])
-        bf16 = sft.precision == "bf16" or (sft.precision == "auto" and learners.multiplies_bf16)
+        state.precision = state.precision or _precision(config, learners, bars)
+        bf16 = state.precision == "bf16"
         clock = Clock(state.elapsed_s)
 
         def done() -> float:
@@ -79,8 +85,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         with bars.bar("supervised", 1.0) as bar:
             while pending or done() < 1:
                 while done() < 1 and len(pending) < IN_FLIGHT and not (pending and stops_after(submitted)):
-                    phase = "child" if done() < sft.child_first_fraction and data.child.any() else "all"
-                    batch = sampler.next(phase)
+                    batch = sampler.next(done(), sft.child_first_fraction)
                     rate = learning_rate(sft.optimizer, submitted, done())
                     pending.append((learners.submit_sft_step(batch, rate, bf16), len(batch.tokens)))
                     submitted += 1
@@ -94,13 +99,15 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
                     done_tokens = state.tokens - sum(size for _, size in pending)
                     watch.log(_metrics(stats, size, done_tokens, speed), state.step)
                     note = f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens"
-                    bar.update(min(1.0, done()), f"{note}  {speed:,.0f}/s  {'bf16' if bf16 else 'fp32'}")
+                    bar.update(min(1.0, done()), f"{note}  {speed:,.0f}/s  {state.precision}")
                 if pending:
                     continue
                 last = done() >= 1
                 due = state.step % sft.eval_every == 0 and not last
                 if due or last or state.step % sft.save_every == 0:
                     state.elapsed_s, state.position = clock.elapsed_s(), dict(sampler.position)
+                    if decided := decide(points, protocol, learners.logprobs):
+                        watch.log({"sft/p_spawn": decided.p_spawn}, state.step)
                     with run.checkpoint(state) as folder:
                         learners.save(folder)
                         if due and judge.finds_better(folder, watch, state):
@@ -108,6 +115,22 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0] / "policy", "final")
+
+
+def _bins(config: Config) -> tuple[int, int]:
+    """Bins of a batch and padded tokens of each: a bin is a micro-batch, and every rank has as many of them."""
+    ranks, batch = config.learner.ranks, config.sft.batch_tokens
+    bin_tokens = max(1, min(config.learner.micro_batch_tokens, batch // ranks))
+    return ranks * max(1, round(batch / bin_tokens / ranks)), bin_tokens
+
+
+def _precision(config: Config, learners: LearnerGroup, bars: ProgressBars) -> str:
+    """The configured precision; for auto the one that is faster here, which is printed with both times."""
+    if config.sft.precision != "auto":
+        return config.sft.precision
+    times = learners.time_precisions()
+    bars.say(f"sft.precision auto takes {times}")
+    return "bf16" if times.bf16_is_faster else "fp32"
 
 
 def _require_fitting(data: Demonstrations, data_dir: Path, config: Config) -> None:

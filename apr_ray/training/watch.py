@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from apr_ray.config import Config
 from apr_ray.core.ledger import Problem
+from apr_ray.core.task import VALIDATION
 from apr_ray.core.tracker import Tracker
 from apr_ray.core.trees_io import write_trees
 from apr_ray.evaluation.evaluate import EvalResult, evaluate
-from apr_ray.metrics.names import QUICK, mode_name
+from apr_ray.metrics.names import QUICK, mode_name, targets_mode
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
+from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Watch:
-    """What a loop tells its run folder and its tracker, and how good its policy is on held-out problems."""
+    """What a loop tells its run folder and its tracker, and how good its policy is on problems it never trains on.
+
+    `best/` is chosen on validation problems alone: the test set is only read.
+    """
 
     config: Config
     run: RunDir
     tracker: Tracker
-    heldout: Sequence[Problem]
     bars: ProgressBars
+
+    @cached_property
+    def validation(self) -> Sequence[Problem]:
+        """The problems of quick evaluations."""
+        return self._problems(VALIDATION, self.config.evaluation.during_training_problems)
+
+    def _problems(self, split: str, count: int) -> list[Problem]:
+        return load_task(self.config.task).problems(split, count, self.config.run.seed) if count else []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """To the run folder and the tracker."""
@@ -33,55 +46,55 @@ class Watch:
         self.tracker.log(metrics, step)
 
     def full_evaluation(self, pool: RolloutPool, reward: RewardClient, state: LoopState) -> bool:
-        """Every temperature, all held-out problems; the trees are kept under `eval/`.
+        """Every temperature on all test problems, and problems with held-out targets greedily; the trees are kept under
+        `eval/`. A quick evaluation follows.
 
         Returns:
-            Whether the policy is the best so far by what quick evaluations look at; False without a greedy evaluation.
+            Whether the policy is the best so far by what quick evaluations look at.
         """
-        evaluation, step = self.config.evaluation, state.step
-        improved = False
-        for temperature in evaluation.temperatures:
-            mode = mode_name(temperature)
-            samples = 1 if temperature == 0 else evaluation.samples
-            with self.bars.bar(f"evaluate step {step}, {mode}", len(self.heldout) * samples) as bar:
-                result = evaluate(
-                    pool,
-                    reward,
-                    self.heldout,
-                    temperature=temperature,
-                    samples=samples,
-                    seed=self.config.run.seed,
-                    budget=self.config.rollout.budget,
-                    bar=bar,
-                )
-            self._record(result, step, mode)
-            folder = self.run.path / "eval"
-            folder.mkdir(exist_ok=True)
-            write_trees(folder / f"step-{step:06d}-{mode}.jsonl", result.trees)
-            if temperature == 0:
-                first = result.trees[: evaluation.during_training_problems]
-                improved = _is_best(state, sum(tree.reward or 0.0 for tree in first) / len(first))
-        return improved
+        settings = self.config.evaluation
+        test = self._problems(settings.split, settings.problems)
+        parts = [(mode_name(t), t, test, 1 if t == 0 else settings.samples) for t in settings.temperatures]
+        if targets := self._problems("heldout_targets", settings.targets_problems):
+            parts.append((targets_mode(0.0), 0.0, targets, 1))
+
+        folder = self.run.path / "eval"
+        folder.mkdir(exist_ok=True)
+        for mode, temperature, problems, samples in parts:
+            result = self._evaluate(pool, reward, problems, temperature, samples, f"step {state.step}, {mode}")
+            self._record(result, state.step, mode)
+            write_trees(folder / f"step-{state.step:06d}-{mode}.jsonl", result.trees)
+        return self.quick_evaluation(pool, reward, state)
 
     def quick_evaluation(self, pool: RolloutPool, reward: RewardClient, state: LoopState) -> bool:
-        """Greedy accuracy on the first held-out problems; whether it is the best so far."""
-        result = evaluate(
-            pool,
-            reward,
-            self.heldout[: self.config.evaluation.during_training_problems],
-            temperature=0.0,
-            seed=self.config.run.seed,
-            budget=self.config.rollout.budget,
-        )
+        """Greedy accuracy on validation problems; whether it is the best so far."""
+        result = self._evaluate(pool, reward, self.validation, 0.0, 1, f"step {state.step}, validation")
         self._record(result, state.step, QUICK)
-        return _is_best(state, result.accuracy)
+        improved = result.accuracy > state.best_accuracy
+        state.best_accuracy = max(state.best_accuracy, result.accuracy)
+        return improved
+
+    def _evaluate(
+        self,
+        pool: RolloutPool,
+        reward: RewardClient,
+        problems: Sequence[Problem],
+        temperature: float,
+        samples: int,
+        title: str,
+    ) -> EvalResult:
+        with self.bars.bar(f"evaluate {title}", len(problems) * samples) as bar:
+            return evaluate(
+                pool,
+                reward,
+                problems,
+                temperature=temperature,
+                samples=samples,
+                seed=self.config.run.seed,
+                budget=self.config.rollout.budget,
+                bar=bar,
+            )
 
     def _record(self, result: EvalResult, step: int, mode: str) -> None:
         self.log(result.metrics(mode), step)
         self.tracker.log_trees(result.trees[: self.config.evaluation.traced_trees], step)
-
-
-def _is_best(state: LoopState, accuracy: float) -> bool:
-    improved = accuracy > state.best_accuracy
-    state.best_accuracy = max(state.best_accuracy, accuracy)
-    return improved

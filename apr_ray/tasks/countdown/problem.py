@@ -6,15 +6,16 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 
 import numpy as np
 
 from apr_ray.core.errors import AprError
-from apr_ray.core.task import DataclassProblem
+from apr_ray.core.task import VALIDATION, DataclassProblem
 from apr_ray.tasks.countdown.oracle import TABLE_NUMBERS, is_solvable, reachable_table, reachable_targets
 
+SPLITS = ("train", VALIDATION, "heldout", "heldout_targets")
 MAX_NUMBERS = 6
 ENUMERATED_MULTISETS = 200_000
 """Up to this many multisets a space is enumerated whole; above, it is sampled and rejected."""
@@ -54,7 +55,9 @@ class ProblemSpace:
         count: numbers per problem.
         low, high: range of the numbers, both ends included.
         target_low, target_high: range of the targets, both ends included.
-        heldout_fraction: share of (multiset, target) pairs held out for evaluation.
+        heldout_fraction: share of (multiset, target) pairs that are never trained on.
+        validation_fraction: share of all pairs, a part of those, by which checkpoints and settings are chosen; the rest
+            of `heldout_fraction` is the test set, which chooses nothing.
         heldout_targets_fraction: share of targets none of whose problems are trained on.
     """
 
@@ -64,6 +67,7 @@ class ProblemSpace:
     target_low: int = 10
     target_high: int = 100
     heldout_fraction: float = 0.1
+    validation_fraction: float = field(default=0.01, repr=False)  # draws of a split are seeded by the others
     heldout_targets_fraction: float = 0.05
 
     def __post_init__(self) -> None:
@@ -76,26 +80,33 @@ class ProblemSpace:
                 f"task.options.space.target_low..target_high is {self.target_low}..{self.target_high}",
                 "Use 0 <= target_low <= target_high",
             )
-        for name in ("heldout_fraction", "heldout_targets_fraction"):
+        for name in ("heldout_fraction", "validation_fraction", "heldout_targets_fraction"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise AprError(f"task.options.space.{name} is {value}", "Use a fraction in [0, 1)")
+        if self.validation_fraction > self.heldout_fraction:
+            raise AprError(
+                f"task.options.space.validation_fraction {self.validation_fraction} is above heldout_fraction"
+                f" {self.heldout_fraction}",
+                "Validation problems are a part of those held out: lower it",
+            )
 
     def split_of(self, problem: CountdownProblem) -> str:
-        """ "train", "heldout" or "heldout_targets", by stable hashes alone: the same on any machine."""
+        """One of `SPLITS`, by stable hashes alone: the same on any machine."""
         if _unit_hash(f"target:{problem.target}") < self.heldout_targets_fraction:
             return "heldout_targets"
-        if _unit_hash(f"pair:{problem.split_key}") < self.heldout_fraction:
-            return "heldout"
-        return "train"
+        place = _unit_hash(f"pair:{problem.split_key}")
+        if place < self.validation_fraction:
+            return VALIDATION
+        return "heldout" if place < self.heldout_fraction else "train"
 
     def sample(self, split: str, count: int, seed: int) -> list[CountdownProblem]:
         """`count` solvable problems of a split, distinct by (multiset, target) except in "train", by order there.
 
         Raises AprError where the split holds fewer, naming how many it has.
         """
-        if split not in ("train", "heldout", "heldout_targets"):
-            raise AprError(f"unknown split {split!r}", "Use train, heldout or heldout_targets")
+        if split not in SPLITS:
+            raise AprError(f"unknown split {split!r}", f"Use one of {', '.join(SPLITS)}")
         rng = random.Random(f"{split}:{seed}:{self}")
         multisets = math.comb(self.high - self.low + self.count, self.count)
         enumerated = multisets <= ENUMERATED_MULTISETS

@@ -13,6 +13,7 @@ from apr_ray.tasks.countdown.grammar import (
     ROOT,
     SPAWN_OPEN,
     Budget,
+    Move,
     node_text,
 )
 from apr_ray.tasks.countdown.problem import CountdownProblem
@@ -39,6 +40,7 @@ class CountdownProtocol(SpawnJoinProtocol):
         self.max_depth = max_depth if method == "apr" else 0
         self.spawn_open = tokenizer.tag_ids[SPAWN_OPEN]
         self.join_open = tokenizer.tag_ids[JOIN_OPEN]
+        self.move = self.encode(Move(ROOT).text())[0]
         self.stop_ids = frozenset({tokenizer.eos_id, self.join_open})
 
     def root_prompt(self, problem: Problem, budget: int | None = None) -> tuple[int, ...]:
@@ -54,6 +56,10 @@ class CountdownProtocol(SpawnJoinProtocol):
     def forced_replacement(self, token_id: int) -> int | None:
         """A model must not open a join itself: a spawn is forced in its place (released code, kept)."""
         return self.spawn_open if token_id == self.join_open else None
+
+    def chooses_to_spawn(self, token_id: int) -> bool | None:
+        """The two opening tags spawn (the second is replaced by the first); moving to a node goes on alone."""
+        return {self.spawn_open: True, self.join_open: True, self.move: False}.get(token_id)
 
     def read_call(self, context: Sequence[int], sampled: Sequence[int], depth: int) -> SpawnRequest | ThreadEnd:
         """Spawn, answer or none, from how the call ended."""
