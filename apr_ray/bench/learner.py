@@ -1,4 +1,5 @@
-"""The learner on recorded trees: against micro-batches in sampling order, and against plain torch on its own ones.
+"""The learner: at the quickstart's size against the loop that anyone would write first (`bench.plain_loop`), and at
+10 M parameters on recorded trees, against micro-batches in sampling order and against plain torch on its own ones.
 
 learner         length-sorted micro-batches, through DeepSpeed               ─┐ `deepspeed_overhead`: the same
 plain           the same micro-batches with the same padding, without it     ─┘ forward, loss, backward and AdamW
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from apr_ray.bench import plain_loop
 from apr_ray.bench.recording import bench_config, fresh_policy, record
 from apr_ray.bench.timing import Result, all_in_turn, in_fresh_process, median_ratio
 from apr_ray.config import Config, OptimizerConfig
@@ -41,10 +43,11 @@ COMPARED_TREES = 4
 
 
 def run(trees: int = 12, overrides: Sequence[str] = TEN_MILLION, repeats: int = 3) -> Result:
-    """`ratio`: to right-padded micro-batches in sampling order, in tokens/s. One thread, one rank, a 10 M model, each
-    side `repeats` times: by default about five minutes."""
-    result: Result = in_fresh_process(_measure, trees, tuple(overrides), repeats)
-    return result
+    """`ratio`: to the plain loop, at the quickstart's size on all its ranks. `of_sampling_order`: to right-padded
+    micro-batches in sampling order, with one rank and the model of `overrides`. All in tokens/s; each side takes
+    `repeats` turns: by default about six minutes."""
+    of_trees: Result = in_fresh_process(_measure, trees, tuple(overrides), repeats)
+    return plain_loop.run(2 * repeats) | of_trees
 
 
 def _measure(trees: int, overrides: Sequence[str], repeats: int) -> Result:
@@ -75,16 +78,15 @@ def _measure(trees: int, overrides: Sequence[str], repeats: int) -> Result:
     peak = matmul_peak()
     rate = step_flops(batch, config, plain.policy) / times["learner"]
     return {
-        "ratio": median_ratio(taken["sampling_order"], taken["learner"]),
+        "of_sampling_order": median_ratio(taken["sampling_order"], taken["learner"]),
         "deepspeed_overhead": median_ratio(taken["learner"], taken["plain"]) - 1,
         "peak_share": rate / peak,
-        **{f"{name}_tokens_per_s": tokens / seconds for name, seconds in times.items()},
+        **{f"trees_{name}_tokens_per_s": tokens / seconds for name, seconds in times.items()},
         "padding_share": 1 - tokens / padded["learner"],
         "sampling_order_padding_share": 1 - tokens / padded["sampling_order"],
         "learner_gflops": rate / 1e9,
         "matmul_peak_gflops": peak / 1e9,
-        "tokens": float(tokens),
-        "turns": float(repeats),
+        "tokens_of_trees": float(tokens),
         "parameters": float(weights[-1].size),
         "max_delta_weight": max(float(np.abs(w - weights[-1]).max()) for w in weights),
     }

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from apr_ray.core.ledger import ThreadTree
 
 
+DECISIONS = 200
+"""Problems whose demonstrations an evaluation takes its decision points from."""
+
+
 @app.command("eval")
 def evaluate_command(
     model: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
@@ -24,6 +28,8 @@ def evaluate_command(
     from apr_ray.config import config_of
     from apr_ray.core.errors import AprError
     from apr_ray.core.trees_io import write_trees
+    from apr_ray.evaluation.decisions import decide_by_checkpoint
+    from apr_ray.evaluation.decisions import table_rows as decision_rows
     from apr_ray.evaluation.evaluate import evaluate
     from apr_ray.metrics.names import mode_name
     from apr_ray.model.llama import read_task
@@ -42,7 +48,8 @@ def evaluate_command(
     settings = settings.model_copy(update={"task": read_task(policy)})
     require_startable(settings, policy)
     what = settings.evaluation
-    problems = load_task(settings.task).problems(what.split, what.problems, settings.run.seed)
+    task = load_task(settings.task)
+    problems = task.problems(what.split, what.problems, settings.run.seed)
     rows: list[tuple[str, str, str]] = []
     trees: list[ThreadTree] = []
     with ray_session(settings):
@@ -64,6 +71,9 @@ def evaluate_command(
             rows += [(mode_name(temperature), k.removeprefix(prefix), f"{v:.4g}") for k, v in result.metrics().items()]
             trees += result.trees
     print_table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
+    if decided := decide_by_checkpoint(policy, task, problems[:DECISIONS], settings.run.seed):
+        title = f"the decision to spawn, at the first one of {len(decided.spawn)} demonstrations"
+        print_table(title, ("", ""), decision_rows(decided))
     if out is not None:
         write_trees(out, trees)
     say_next(f'apr-ray trace {short(policy)} --problem "3 5 7 -> 22"')

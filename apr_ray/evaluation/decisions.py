@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ class DecisionPoint:
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """A policy at some decision points, all float64 [points].
+    """A policy at some decision points, all float64 [points]. What is left to 1 goes to tokens that put the decision
+    off, such as one more line of an expansion.
 
     Attributes:
         demonstrated: share of the points at which the demonstration spawned.
@@ -44,18 +46,23 @@ class Decisions:
     alone: np.ndarray[Any, Any]
 
     @property
+    def spawning(self) -> np.ndarray[Any, Any]:
+        """float64 [points]: probability to spawn, by whatever token."""
+        return np.asarray(self.spawn + self.replaced)
+
+    @property
     def p_spawn(self) -> float:
-        """Mean probability to spawn, by whatever token."""
-        return float((self.spawn + self.replaced).mean())
+        """Mean probability to spawn, by whatever token, given that the policy decides here."""
+        return float((self.spawning / (self.spawning + self.alone)).mean())
 
     @property
     def greedy(self) -> float:
-        """Share of the points at which greedy decoding takes the token that spawns."""
+        """Share of the points at which the token that spawns is the likeliest of the choices."""
         return float((self.spawn > np.maximum(self.alone, self.replaced)).mean())
 
     def margin(self, quantile: float) -> float:
-        """A quantile, over the points where the policy decodes a spawn greedily, of log P(spawn token) less log P of
-        the strongest other choice; NaN where it never does."""
+        """A quantile, over the points where the token that spawns is the likeliest choice, of its logprob less that of
+        the next; NaN where it never is."""
         rival = np.log(np.maximum(self.alone, self.replaced))
         margins = np.log(self.spawn) - rival
         spawning = margins[margins > 0]
@@ -97,6 +104,39 @@ def decide(points: Sequence[DecisionPoint], protocol: SpawnJoinProtocol, logprob
         name = "alone" if not spawns else "spawn" if protocol.forced_replacement(token) is None else "replaced"
         groups[name] = groups[name] + probability(token)
     return Decisions(sum(point.spawns for point in points) / len(points), **groups)
+
+
+def decide_by_checkpoint(
+    checkpoint: str | Path, task: Task, problems: Sequence[Problem], seed: int
+) -> Decisions | None:
+    """`decide` at the problems' demonstrated first choices, by a policy on disk in float32."""
+    import torch
+
+    from apr_ray.model.llama import load_policy
+    from apr_ray.rl.losses import token_logprobs
+
+    policy: Any = load_policy(checkpoint)
+
+    @torch.no_grad()
+    def logprobs(sequences: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray[Any, Any]]:
+        rows = [torch.tensor([list(ids)]) for ids in sequences]
+        return [token_logprobs(policy(input_ids=row).logits, row, temperature)[0].numpy() for row in rows]
+
+    protocol = task.protocol(task.load_tokenizer(str(checkpoint)))
+    return decide(decision_points(task, problems, seed), protocol, logprobs)
+
+
+def table_rows(decisions: Decisions) -> list[tuple[str, str]]:
+    """For people: (what, value)."""
+    return [
+        ("demonstrations that spawn", f"{decisions.demonstrated:.3f}"),
+        ("P(spawn | decision), mean", f"{decisions.p_spawn:.3f}"),
+        ("of it, by a token that is replaced", f"{decisions.replaced.sum() / decisions.spawning.sum():.5f}"),
+        ("P(decision), mean", f"{(decisions.spawning + decisions.alone).mean():.3f}"),
+        ("the spawn token is the likeliest choice", f"{100 * decisions.greedy:.1f} %"),
+        ("its greedy margin, median", f"{decisions.margin(0.5):.2f} nats"),
+        ("its greedy margin, 10th percentile", f"{decisions.margin(0.1):.2f} nats"),
+    ]
 
 
 def sampled_p_spawn(trees: Sequence[ThreadTree], protocol: SpawnJoinProtocol) -> float | None:
