@@ -478,7 +478,7 @@ def gradients_in_any_order(same_examples: bool, rank: int, world: int, folder: P
         return torch.cat([p.grad.reshape(-1) for p in policy.parameters()]).numpy()
 
     found: list[np.ndarray[Any, Any]] = []
-    trainer.adamw.register_step_pre_hook(lambda *_: found.append(gradient(trainer.policy)))
+    trainer.base_optimizer.register_step_pre_hook(lambda *_: found.append(gradient(trainer.policy)))
     steps = {
         "supervised": None,
         "behaviour": replace(STEP, inner_steps=1),

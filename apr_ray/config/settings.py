@@ -55,6 +55,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _muon_sees_whole_matrices(self) -> Config:
+        for name in ("sft", "grpo"):
+            rate = getattr(self, name).optimizer.muon_rate
+            if rate and self.learner.zero_stage:
+                raise ValueError(
+                    f"{name}.optimizer.muon_rate {rate:g} needs learner.zero_stage 0, it is {self.learner.zero_stage}:"
+                    " Muon's steps are of whole matrices"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _gpus_are_used(self) -> Config:
         engine, gpus = self.engine, self.rollout.gpus_per_worker
         on_cpu = engine.device == "cpu" or (engine.name == "torch" and engine.device is None)

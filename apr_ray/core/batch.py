@@ -68,8 +68,8 @@ class TrainSequence:
     advantages: Sequence[float] | None = None
     behaviour_logprobs: Sequence[float] | None = None
     versions: Sequence[int] | None = None
-    targets: Sequence[int] | None = None
     tree: int = 0
+    targets: Sequence[int] | None = None
 
 
 def lay_out(sequences: Sequence[TrainSequence]) -> TrainBatch:

@@ -23,6 +23,7 @@ from apr_ray.config import LearnerConfig, OptimizerConfig
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
+from apr_ray.learner.muon import MuonAdamW
 from apr_ray.learner.rows import Rows
 from apr_ray.learner.steps import GrpoStep, StepStats, merge
 from apr_ray.model.llama import load_policy
@@ -50,23 +51,16 @@ class Trainer:
         self.grad_clip = optimizer.grad_clip
         self.rank = rank
         self.world = world
-        self.adamw = torch.optim.AdamW(
-            parameter_groups(policy, optimizer),
-            lr=optimizer.learning_rate,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self.base_optimizer = build_optimizer(policy, optimizer, rank, world)
         self.zero = learner.zero_stage
         self._run_in_precision(policy)
         self._grad_norm = 0.0
         if self.zero == 0:
             # DeepSpeed reports no gradient norm at stage 0, so it is measured, and clipped, just before the update.
-            self.adamw.register_step_pre_hook(self._clip)
+            self.base_optimizer.register_step_pre_hook(self._clip)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
-            optimizer=self.adamw,
+            optimizer=self.base_optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -262,7 +256,7 @@ class Trainer:
         if self.zero in (1, 2):
             self.engine.offload_states(include=[State.optim_states, State.hp_params, State.lp_grads])
         else:  # DeepSpeed moves no state at stage 0, and only its own Adam's at stage 3
-            offload_optimizer_states(self.adamw, "cpu", pin_memory=True)
+            offload_optimizer_states(self.base_optimizer, "cpu", pin_memory=True)
         if self.reference is not None:
             self.reference.to("cpu")
         if self.device.type == "cuda":  # or the allocator keeps what was freed from the engine that wakes
@@ -276,7 +270,7 @@ class Trainer:
         if self.zero in (1, 2):
             self.engine.reload_states()
         else:
-            reload_optimizer_states(self.adamw, self.device)
+            reload_optimizer_states(self.base_optimizer, self.device)
         if self.reference is not None:
             self.reference.to(self.device)
 
@@ -363,10 +357,36 @@ def _require_finite(grad_norm: float) -> None:
         )
 
 
+def build_optimizer(policy: Any, optimizer: OptimizerConfig, rank: int = 0, world: int = 1) -> torch.optim.Optimizer:
+    """AdamW, or Muon beside it, over the policy's parameters."""
+    groups = parameter_groups(policy, optimizer)
+    options: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if optimizer.muon_rate is None:
+        return torch.optim.AdamW(groups, fused=True, **options)
+    return MuonAdamW(groups, rank=rank, world=world, **options)
+
+
 def parameter_groups(policy: Any, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """All parameters, the last normalisation's apart where `final_norm_scale` is given."""
-    if optimizer.final_norm_scale is None:
-        return [{"params": list(policy.parameters())}]
-    last = policy.model.norm.weight
-    others = [p for p in policy.parameters() if p is not last]
-    return [{"params": others}, {"params": [last], "scale": optimizer.final_norm_scale, "eps": 1e-8}]
+    """All parameters; apart from the rest, each with its rate as a `scale` of theirs, the last normalisation's where
+    `final_norm_scale` is given and the hidden matrices where `muon_rate` is."""
+    last, matrices, others = [], [], []
+    for name, parameter in policy.named_parameters():
+        if optimizer.final_norm_scale is not None and parameter is policy.model.norm.weight:
+            last.append(parameter)
+        elif optimizer.muon_rate is not None and parameter.ndim == 2 and ".layers." in name:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if last:
+        groups.append({"params": last, "scale": optimizer.final_norm_scale, "eps": 1e-8})
+    if optimizer.muon_rate is not None:
+        scale = optimizer.muon_rate / optimizer.learning_rate
+        groups.append({"params": matrices, "scale": scale, "muon": True})
+    return groups

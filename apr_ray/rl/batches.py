@@ -124,7 +124,7 @@ def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantag
     advantages: Any = np.full(size, advantage, dtype=np.float32)
     ids = (*call.prompt_ids, *call.sampled_ids)
     targets = (*call.prompt_ids, *chosen_ids)
-    return TrainSequence(ids, weights, advantages, logprobs, versions, targets, tree)  # type: ignore[arg-type]
+    return TrainSequence(ids, weights, advantages, logprobs, versions, tree, targets)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
