@@ -14,6 +14,7 @@ from apr_ray.core.ledger import Problem, ThreadTree
 from apr_ray.core.task import Verdict
 from apr_ray.engines.registry import build_engine
 from apr_ray.model.llama import read_task, require_vocabulary
+from apr_ray.model.shipped import resolve_policy
 from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.events import Listener
@@ -49,7 +50,7 @@ def solve(
 
     Args:
         problem: as text (`"3 5 7 -> 22"`) or as the task's JSON (`{"numbers": [3, 5, 7], "target": 22}`).
-        model: a checkpoint folder that apr-ray wrote.
+        model: a checkpoint folder that apr-ray wrote, or the name of a policy that comes with the package (`apr-sft`).
         temperature: 0 is greedy.
         bounds: of the tree; those of the run that the model lies in by default, else the default ones.
         listener: told of every spawn, token, join and end as it happens.
@@ -57,6 +58,9 @@ def solve(
     Raises:
         AprError: no such checkpoint, another vocabulary, a malformed problem, or one without a solution.
     """
+    model = resolve_policy(model)
+    if (model / "final").is_dir():
+        model = model / "final"
     task = load_task(read_task(model))
     the_problem = task.problem_from_text(problem) if isinstance(problem, str) else task.problem_from_json(problem)
     task.require_solvable(the_problem)

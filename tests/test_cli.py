@@ -42,7 +42,19 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     done = run("--help")
-    for name in ("quickstart", "data", "sft", "train", "eval", "trace", "vectors", "bench", "doctor", "config"):
+    for name in (
+        "quickstart",
+        "data",
+        "sft",
+        "train",
+        "eval",
+        "export",
+        "trace",
+        "vectors",
+        "bench",
+        "doctor",
+        "config",
+    ):
         assert name in done.stdout
     code = (
         "import sys, apr_ray.cli; print([m for m in ('torch','ray','numpy','pydantic','mlflow') if m in sys.modules])"
@@ -61,6 +73,9 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["trace", "{tmp}"], "no recorded trees"),
         (["eval", "{tmp}"], "no checkpoint in"),
         (["eval", "{checkpoint}", "--out", "{tmp}/none/trees.jsonl"], "none is no folder. Make it first"),
+        (["eval", "{checkpoint}", "--json", "{tmp}"], "is a folder. Give the name of a file"),
+        (["export", "{tmp}", "--out", "{tmp}/p", "--results", "{tmp}/r.json"], "is no run folder"),
+        (["quickstart", "--from", "{tmp}"], "or one of: apr-sft"),
         (["sft", "--data", "{tmp}", "run.root={tmp}", "tracking.tracker=none"], "no Parquet files"),
         (["quickstart", "--fast", "--long"], "exclude each other"),
         (["bench", "nope"], "Choose one of engine, gpu, learner, oracle, rollout"),

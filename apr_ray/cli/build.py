@@ -29,6 +29,12 @@ def quickstart(
     overrides: Overrides = None,
     fast: Annotated[bool, typer.Option("--fast", help="A smoke run of a few minutes; it does not learn.")] = False,
     long: Annotated[bool, typer.Option("--long", help="About an hour: more of everything.")] = False,
+    begin: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--from", help="GRPO from this policy, without the supervised phase: a run, a checkpoint, apr-sft."
+        ),
+    ] = None,
     config: Files = None,
     resume: Resume = None,
 ) -> None:
@@ -41,7 +47,7 @@ def quickstart(
         raise ConfigError("--fast and --long exclude each other", "Give one of them")
     presets = ["quickstart", *(["quickstart-long"] if long else []), *(config or [])]
     presets += ["quickstart-fast"] if fast else []  # last: whatever else is asked for, it is a smoke run
-    run = run_folder(presets if resume is None else config, overrides, resume, "quickstart")
+    run = run_folder(presets if resume is None else config, [*(overrides or []), *_init(begin)], resume, "quickstart")
     if fast:
         console().print("[yellow]--fast is a smoke run: it shows that every part works, not that the model learns.[/]")
     grpo = run_quickstart(run.config, run, ProgressBars())
@@ -116,11 +122,32 @@ def train(
     from apr_ray.training.grpo import train_grpo
     from apr_ray.training.run_dir import find_policy
 
-    begin = [f"init_from={find_policy(init).resolve()}"] if init else []
-    run = run_folder(config, [*(overrides or []), *begin], resume, "train")
+    run = run_folder(config, [*(overrides or []), *_init(init)], resume, "train")
     policy = train_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
     final_table(run.path)
     say_next(f"apr-ray eval {short(policy)}", f"apr-ray trace {short(run.path)}")
+
+
+def _init(policy: Path | None) -> list[str]:
+    """A policy to begin with, as an override."""
+    from apr_ray.training.run_dir import find_policy
+
+    return [f"init_from={find_policy(policy).resolve()}"] if policy else []
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder whose final policy is to be given away.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; its name is the policy's.")],
+    results: Annotated[Path, typer.Option(help="What `apr-ray eval RUN --json FILE` wrote.")],
+) -> None:
+    """Make a folder with a run's policy, its settings and a card that says how it was made and what it can do."""
+    from apr_ray.evaluation.card import write_policy_folder
+    from apr_ray.training.run_dir import RunDir, find_policy
+
+    RunDir.config_file(run)
+    write_policy_folder(find_policy(run), run, results, out)
+    say_next(f'apr-ray trace {short(out)} --problem "3 5 7 -> 22"')
 
 
 @app.command()

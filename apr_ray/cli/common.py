@@ -96,7 +96,7 @@ def final_table(grpo: Path) -> None:
     """A GRPO run's accuracy and cost, before and after."""
     from apr_ray.evaluation.report import summarise, table_rows
 
-    head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential")
+    head = ("mode", "policy", "accuracy [95 %]", "false claims", "children", "total tokens", "sequential")
     print_table("before and after GRPO", head, table_rows(summarise(grpo)))
 
 

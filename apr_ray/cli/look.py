@@ -23,15 +23,17 @@ def evaluate_command(
     overrides: Overrides = None,
     config: Files = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the trees here, as JSON lines.")] = None,
+    as_json: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers here.")] = None,
 ) -> None:
-    """Accuracy and cost of a policy on held-out problems."""
+    """Accuracy and cost of a policy on problems that it never trained on."""
+    import json
+
     from apr_ray.config import config_of
     from apr_ray.core.errors import AprError
     from apr_ray.core.trees_io import write_trees
-    from apr_ray.evaluation.decisions import decide_by_checkpoint
+    from apr_ray.evaluation.decisions import decide_by_checkpoint, decision_metrics
     from apr_ray.evaluation.decisions import table_rows as decision_rows
-    from apr_ray.evaluation.evaluate import evaluate
-    from apr_ray.metrics.names import mode_name
+    from apr_ray.evaluation.evaluate import eval_parts, evaluate
     from apr_ray.model.llama import read_task
     from apr_ray.reward.actor import RewardClient
     from apr_ray.rollout.pool import RolloutPool
@@ -40,8 +42,11 @@ def evaluate_command(
     from apr_ray.training.run_dir import find_policy
     from apr_ray.training.session import ray_session, require_startable
 
-    if out is not None and not out.absolute().parent.is_dir():
-        raise AprError(f"--out {out}: {out.absolute().parent} is no folder", "Make it first")
+    for option, file in (("--out", out), ("--json", as_json)):
+        if file is not None and file.is_dir():
+            raise AprError(f"{option} {file} is a folder", "Give the name of a file")
+        if file is not None and not file.absolute().parent.is_dir():
+            raise AprError(f"{option} {file}: {file.absolute().parent} is no folder", "Make it first")
     policy = find_policy(model)
     beside = config_of(policy)  # the run's own bounds and engine, unless told otherwise
     settings = read_config([*([str(beside)] if beside else []), *(config or [])], overrides)
@@ -49,31 +54,37 @@ def evaluate_command(
     require_startable(settings, policy)
     what = settings.evaluation
     task = load_task(settings.task)
-    problems = task.problems(what.split, what.problems, settings.run.seed)
+    parts = eval_parts(what, task, settings.run.seed)
+    problems = parts[0].problems
     rows: list[tuple[str, str, str]] = []
+    numbers: dict[str, float] = {}
     trees: list[ThreadTree] = []
     with ray_session(settings):
         pool, reward = RolloutPool.start(settings, str(policy)), RewardClient(settings.task)
-        for temperature in what.temperatures:
-            count = len(problems) * (1 if temperature == 0 else what.samples)
-            with ProgressBars().bar(f"evaluate, {mode_name(temperature)}", count) as bar:
+        for part in parts:
+            with ProgressBars().bar(f"evaluate, {part.mode}", len(part.problems) * part.samples) as bar:
                 result = evaluate(
                     pool,
                     reward,
-                    problems,
-                    temperature=temperature,
-                    samples=what.samples,
+                    part.problems,
+                    temperature=part.temperature,
+                    samples=part.samples,
                     seed=settings.run.seed,
                     budget=settings.rollout.budget,
                     bar=bar,
                 )
-            prefix = f"eval/{mode_name(temperature)}/"
-            rows += [(mode_name(temperature), k.removeprefix(prefix), f"{v:.4g}") for k, v in result.metrics().items()]
+            found, prefix = result.metrics(part.mode), f"eval/{part.mode}/"
+            rows += [(part.mode, name.removeprefix(prefix), f"{value:.4g}") for name, value in found.items()]
+            numbers |= found
             trees += result.trees
     print_table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
     if decided := decide_by_checkpoint(policy, task, problems[:DECISIONS], settings.run.seed):
         title = f"the decision to spawn, at the first one of {len(decided.spawn)} demonstrations"
         print_table(title, ("", ""), decision_rows(decided))
+        numbers |= decision_metrics(decided)
+    if as_json is not None:
+        asked = {"split": what.split, "problems": len(problems), "samples": what.samples, "seed": settings.run.seed}
+        as_json.write_text(json.dumps({**asked, "metrics": numbers}, indent=1) + "\n")
     if out is not None:
         write_trees(out, trees)
     say_next(f'apr-ray trace {short(policy)} --problem "3 5 7 -> 22"')

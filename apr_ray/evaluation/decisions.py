@@ -126,6 +126,16 @@ def decide_by_checkpoint(
     return decide(decision_points(task, problems, seed), protocol, logprobs)
 
 
+def decision_metrics(decisions: Decisions) -> dict[str, float]:
+    """By the names in `metrics.names`."""
+    return {
+        "eval/decision/p_spawn": decisions.p_spawn,
+        "eval/decision/replaced": float(decisions.replaced.sum() / decisions.spawning.sum()),
+        "eval/decision/margin_median": decisions.margin(0.5),
+        "eval/decision/margin_p10": decisions.margin(0.1),
+    }
+
+
 def table_rows(decisions: Decisions) -> list[tuple[str, str]]:
     """For people: (what, value)."""
     return [

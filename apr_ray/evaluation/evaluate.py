@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apr_ray.config import EvalConfig
 from apr_ray.core.ledger import Problem, ThreadTree
+from apr_ray.core.task import Task
 from apr_ray.metrics.intervals import wilson
-from apr_ray.metrics.names import mode_name
+from apr_ray.metrics.names import mode_name, targets_mode
 from apr_ray.metrics.trees import failure_reasons, tree_metrics
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
@@ -50,6 +52,26 @@ class EvalResult:
         out["latency_s"] = sum(t.latency_s for t in self.trees) / len(self.trees)
         out |= {f"failure/{reason}": share for reason, share in failure_reasons(self.trees).items()}
         return {at + name: value for name, value in out.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPart:
+    """One part of a full evaluation; `mode` is its name in metrics and files."""
+
+    mode: str
+    temperature: float
+    problems: Sequence[Problem]
+    samples: int
+
+
+def eval_parts(settings: EvalConfig, task: Task, seed: int) -> list[EvalPart]:
+    """A full evaluation: every temperature on the configured split, and problems with held-out targets greedily."""
+    problems = task.problems(settings.split, settings.problems, seed)
+    parts = [EvalPart(mode_name(t), t, problems, 1 if t == 0 else settings.samples) for t in settings.temperatures]
+    if settings.targets_problems:
+        targets = task.problems("heldout_targets", settings.targets_problems, seed)
+        parts.append(EvalPart(targets_mode(0.0), 0.0, targets, 1))
+    return parts
 
 
 def tree_seed(run_seed: int, purpose: str, problem_key: str, sample: int) -> int:

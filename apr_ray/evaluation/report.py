@@ -46,7 +46,8 @@ def summarise(grpo: Path) -> tuple[Summary, ...]:
 
 
 def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """Rows of the final table: policy, mode, accuracy with interval, children, total and sequential tokens."""
+    """Rows of the final table: mode, policy, accuracy with interval, false claims, children, total and sequential
+    tokens."""
     rows: list[tuple[str, ...]] = []
     for mode in sorted({mode for summary in summaries for mode in summary.modes}):
         for summary in summaries:
@@ -60,6 +61,7 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
                         mode_title(mode),
                         summary.label,
                         interval,
+                        f"{m['false_claims']:.1f} %",
                         f"{m['children']:.2f}",
                         f"{m['total_tokens']:.0f}",
                         f"{m['sequential_tokens']:.0f}",
@@ -94,7 +96,7 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
 def _page(
     about: str, summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]
 ) -> str:
-    head = ("mode", "policy", "accuracy [95 %]", "children", "total tokens", "sequential tokens")
+    head = ("mode", "policy", "accuracy [95 %]", "false claims", "children", "total tokens", "sequential tokens")
     cells = "".join(f"<th>{h}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(summaries))
     failures = ""

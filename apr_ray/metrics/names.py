@@ -78,6 +78,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/depth", "levels", "mean depth of trees"),
     Metric("rollout/truncated", "percent", "trees cut off by a bound or a full context"),
     Metric("rollout/invalid_spawns", "percent", "spawns refused as malformed, of all spawns tried"),
+    Metric("rollout/false_claims", "percent", "trees that claim an answer which is not verified"),
     Metric("rollout/replaced_spawns", "percent", "spawns whose tag the runtime had to put right, of all tried"),
     Metric("rollout/p_spawn", "fraction", "trees that spawned at their first decision, of those with one"),
     Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens per second, over all workers"),
@@ -103,8 +104,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/{mode}/depth", "levels", "mean depth of trees"),
     Metric("eval/{mode}/truncated", "percent", "trees cut off by a bound or a full context"),
     Metric("eval/{mode}/invalid_spawns", "percent", "spawns refused as malformed, of all spawns tried"),
+    Metric("eval/{mode}/false_claims", "percent", "trees that claim an answer which is not verified"),
     Metric("eval/{mode}/replaced_spawns", "percent", "spawns whose tag the runtime had to put right, of all tried"),
     Metric("eval/{mode}/latency_s", "s", "mean wall time of a tree, all trees running side by side"),
+    Metric("eval/decision/p_spawn", "fraction", "mean P(spawn | decision) at first decisions of demonstrations"),
+    Metric("eval/decision/replaced", "fraction", "share of that probability on tags that only the runtime may write"),
+    Metric(
+        "eval/decision/margin_median", "nats", "logprob of the spawn tag less the next choice's, where it is likeliest"
+    ),
+    Metric("eval/decision/margin_p10", "nats", "10th percentile of the same"),
     Metric("rollout/failure/{reason}", "percent", "trees that failed for this reason"),
     Metric("eval/{mode}/failure/{reason}", "percent", "trees that failed for this reason"),
 )

@@ -38,6 +38,7 @@ def tree_metrics(trees: Sequence[ThreadTree]) -> dict[str, float]:
         "depth": sum(t.depth for t in trees) / count,
         "truncated": 100 * sum(t.outcome in CUT_OFF for t in trees) / count,
         "invalid_spawns": 100 * invalid / max(1, spawns + invalid),
+        "false_claims": 100 * sum(t.outcome is Outcome.ANSWERED and t.verdict != SOLVED for t in trees) / count,
         "replaced_spawns": 100 * replaced / max(1, spawns + invalid),
     }
 

@@ -40,7 +40,6 @@ def llama_config(model: ModelConfig, tokenizer: Tokenizer) -> LlamaConfig:
         pad_token_id=tokenizer.pad_id,
         eos_token_id=tokenizer.eos_id,
         bos_token_id=None,
-        use_cache=False,
     )
 
 

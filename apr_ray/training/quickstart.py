@@ -16,13 +16,20 @@ from apr_ray.training.sft import train_sft
 
 
 def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
-    """Every phase in order, each in its own folder under the run; phases that are complete are not run again.
+    """Every phase in order, each in its own folder under the run; phases that are complete are not run again. With
+    `init_from` GRPO begins with that policy, and there is no supervised phase.
 
     Returns:
         The folder of the GRPO run, whose `eval/` holds the trees before and after.
     """
     task = load_task(config.task)
     data, sft, grpo = run.path / "data", run.path / "sft", run.path / "grpo"
+    if config.init_from:
+        with ray_session(config, training_needs(config)):
+            if not (grpo / "final").exists():
+                policy = Path(config.init_from)
+                train_grpo(config, _phase(run, "grpo", policy), policy, bars)
+        return grpo
     if not data.exists():
         # A Ray of its own: what Ray Data leaves running would take its share of the cores from all that follows.
         with ray_session(config, training_needs(config)), bars.bar("demonstrations", 1.0) as bar:

@@ -32,6 +32,7 @@ from apr_ray.core.weights import WeightVersion
 from apr_ray.metrics.names import is_known
 from apr_ray.metrics.rows import FILE, read_rows
 from apr_ray.model.llama import replace_directory
+from apr_ray.model.shipped import resolve_policy, shipped_names
 
 SAMPLES = "samples.jsonl"
 KEPT_CHECKPOINTS = 2
@@ -237,15 +238,19 @@ class RunDir:
 
 
 def find_policy(path: Path) -> Path:
-    """The checkpoint that a user's path means: a policy folder, a run's `final`, `best` or newest policy, or that of a
-    quickstart's last phase."""
+    """The checkpoint that a user's path means: a policy folder, a run's `final`, `best` or newest policy, that of a
+    quickstart's last phase, or by its name one that comes with the package."""
+    path = resolve_policy(path)
     newest = sorted((path / "checkpoints").glob("step-*/policy"))[::-1]
     phases = [path / "grpo" / "final", path / "sft" / "final"]
     candidates = [path, path / "final", path / "best", *newest, *phases]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    raise AprError(f"no checkpoint in {path}", "Give a run folder or a checkpoint folder that apr-ray wrote")
+    shipped = ", ".join(shipped_names())
+    raise AprError(
+        f"no checkpoint in {path}", f"Give a run or checkpoint folder that apr-ray wrote, or one of: {shipped}"
+    )
 
 
 def _same_policy(saved: str, given: str) -> bool:

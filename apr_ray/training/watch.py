@@ -11,8 +11,8 @@ from apr_ray.core.ledger import Problem
 from apr_ray.core.task import VALIDATION
 from apr_ray.core.tracker import Tracker
 from apr_ray.core.trees_io import write_trees
-from apr_ray.evaluation.evaluate import EvalResult, evaluate
-from apr_ray.metrics.names import QUICK, mode_name, targets_mode
+from apr_ray.evaluation.evaluate import EvalPart, EvalResult, eval_parts, evaluate
+from apr_ray.metrics.names import QUICK
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.registry import load_task
@@ -35,10 +35,8 @@ class Watch:
     @cached_property
     def validation(self) -> Sequence[Problem]:
         """The problems of quick evaluations."""
-        return self._problems(VALIDATION, self.config.evaluation.during_training_problems)
-
-    def _problems(self, split: str, count: int) -> list[Problem]:
-        return load_task(self.config.task).problems(split, count, self.config.run.seed) if count else []
+        count = self.config.evaluation.during_training_problems
+        return load_task(self.config.task).problems(VALIDATION, count, self.config.run.seed)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """To the run folder and the tracker."""
@@ -52,44 +50,30 @@ class Watch:
         Returns:
             Whether the policy is the best so far by what quick evaluations look at.
         """
-        settings = self.config.evaluation
-        test = self._problems(settings.split, settings.problems)
-        parts = [(mode_name(t), t, test, 1 if t == 0 else settings.samples) for t in settings.temperatures]
-        if targets := self._problems("heldout_targets", settings.targets_problems):
-            parts.append((targets_mode(0.0), 0.0, targets, 1))
-
         folder = self.run.path / "eval"
         folder.mkdir(exist_ok=True)
-        for mode, temperature, problems, samples in parts:
-            result = self._evaluate(pool, reward, problems, temperature, samples, f"step {state.step}, {mode}")
-            self._record(result, state.step, mode)
-            write_trees(folder / f"step-{state.step:06d}-{mode}.jsonl", result.trees)
+        for part in eval_parts(self.config.evaluation, load_task(self.config.task), self.config.run.seed):
+            result = self._evaluate(pool, reward, part, state.step)
+            self._record(result, state.step, part.mode)
+            write_trees(folder / f"step-{state.step:06d}-{part.mode}.jsonl", result.trees)
         return self.quick_evaluation(pool, reward, state)
 
     def quick_evaluation(self, pool: RolloutPool, reward: RewardClient, state: LoopState) -> bool:
         """Greedy accuracy on validation problems; whether it is the best so far."""
-        result = self._evaluate(pool, reward, self.validation, 0.0, 1, f"step {state.step}, validation")
+        result = self._evaluate(pool, reward, EvalPart(QUICK, 0.0, self.validation, 1), state.step)
         self._record(result, state.step, QUICK)
         improved = result.accuracy > state.best_accuracy
         state.best_accuracy = max(state.best_accuracy, result.accuracy)
         return improved
 
-    def _evaluate(
-        self,
-        pool: RolloutPool,
-        reward: RewardClient,
-        problems: Sequence[Problem],
-        temperature: float,
-        samples: int,
-        title: str,
-    ) -> EvalResult:
-        with self.bars.bar(f"evaluate {title}", len(problems) * samples) as bar:
+    def _evaluate(self, pool: RolloutPool, reward: RewardClient, part: EvalPart, step: int) -> EvalResult:
+        with self.bars.bar(f"evaluate step {step}, {part.mode}", len(part.problems) * part.samples) as bar:
             return evaluate(
                 pool,
                 reward,
-                problems,
-                temperature=temperature,
-                samples=samples,
+                part.problems,
+                temperature=part.temperature,
+                samples=part.samples,
                 seed=self.config.run.seed,
                 budget=self.config.rollout.budget,
                 bar=bar,

@@ -1,0 +1,92 @@
+"""A policy to give away: its weights and tokenizer, the settings that it needs, and a card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from apr_ray import __version__
+from apr_ray.config import Config, load_config, to_yaml
+from apr_ray.core.errors import AprError
+from apr_ray.metrics.names import mode_title
+from apr_ray.metrics.rows import read_rows
+from apr_ray.model.llama import policy_fingerprint, read_config, read_task, replace_directory
+
+LICENCE = "apache-2.0"
+COLUMNS = {
+    "accuracy": ("accuracy", 100, "%"),
+    "accuracy_low": ("95 %, low", 100, "%"),
+    "accuracy_high": ("high", 100, "%"),
+    "false_claims": ("false claims", 1, "%"),
+    "children": ("children", 1, ""),
+    "sequential_tokens": ("sequential tokens", 1, ""),
+}
+
+
+def write_policy_folder(policy: Path, run: Path, results: Path, out: Path) -> None:
+    """Write `out` whole: `config.yaml` without paths of this machine, `README.md`, and the policy in `final/`.
+
+    Raises AprError where `out` exists, or `results` is not what `apr-ray eval --json` wrote.
+    """
+    if out.exists():
+        raise AprError(f"{out} exists", "Choose another --out, or remove it")
+    try:
+        found = json.loads(results.read_text())
+        found["metrics"], found["split"], found["problems"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AprError(
+            f"{results} holds no results: {error!r}", f"Make them: apr-ray eval {run} --json FILE"
+        ) from error
+    config = load_config([run / "config.yaml"])
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(policy, partial / "final")
+    (partial / "config.yaml").write_text(to_yaml(_portable(config)))
+    (partial / "README.md").write_text(_card(out.name, policy, run, config, found))
+    replace_directory(partial, out)
+
+
+def _portable(config: Config) -> Config:
+    """Without names and places of the run."""
+    section = config.run.model_copy(update={"root": "runs", "name": None})
+    return config.model_copy(update={"run": section, "init_from": None})
+
+
+def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, Any]) -> str:
+    shape = read_config(policy)
+    state = json.loads(sorted((run / "checkpoints").glob("step-*/state.json"))[-1].read_text())
+    speeds = [row["sft/tokens_per_s"] for row in read_rows(run) if "sft/tokens_per_s" in row]
+    space = read_task(policy).options.get("space", {})
+    how = [
+        ("architecture", f"Llama, {shape['num_hidden_layers']} layers of {shape['hidden_size']}, vocabulary"
+         f" {shape['vocab_size']}, context {shape['max_position_embeddings']} tokens"),
+        ("command", f"`apr-ray sft -c quickstart --data DEMOS run.seed={config.run.seed}`, apr-ray {__version__}"),
+        ("trained on", f"{state['tokens']:,} tokens in {state['step']:,} steps, {state['precision']},"
+         f" {sum(speeds) / max(1, len(speeds)):,.0f} tokens/s, {state['elapsed_s'] / 60:.1f} minutes"),
+        ("demonstrations", f"fingerprint `{state['data']}`"),
+        ("weights", f"fingerprint `{policy_fingerprint(policy)}`"),
+        ("problems", ", ".join(f"{key} {value}" for key, value in space.items())),
+    ]  # fmt: skip
+    modes = sorted(key.split("/")[1] for key in found["metrics"] if key.endswith("/accuracy"))
+    head = " | ".join(title + (f", {unit}" if unit else "") for title, _, unit in COLUMNS.values())
+    rows = []
+    for mode in modes:
+        values = [found["metrics"][f"eval/{mode}/{column}"] for column in COLUMNS]
+        cells = (f"{scale * v:.1f}" for v, (_, scale, _) in zip(values, COLUMNS.values(), strict=True))
+        rows.append(f"| {mode_title(mode)} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            "---", f"license: {LICENCE}", "library_name: apr-ray", "---", "", f"# {name}", "",
+            "A policy that reasons in threads: it plays Countdown, spawning children that search side by side.", "",
+            "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in how), "",
+            f"On {found['problems']} problems of the split `{found['split']}`, none of which it was trained on:", "",
+            f"| decoded | {head} |", "|---" * (len(COLUMNS) + 1) + "|", *rows, "",
+            "**Limits.** It knows Countdown in the ranges above and no other text: more or larger numbers, or targets"
+            " beyond the range, are tried and mostly fail. Answers must be verified: some claim what is not true.",
+            "",
+            f"**Licence.** Apache-2.0. Load it by its name: `apr-ray trace {name} --problem \"3 5 7 -> 22\"`.", "",
+        ]
+    )  # fmt: skip
