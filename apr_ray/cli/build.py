@@ -106,7 +106,8 @@ def sft(
     run = run_folder(config, overrides, resume, "sft")
     policy = train_sft(run.config, run, data, ProgressBars())
     last = [row for row in run.metrics() if "sft/loss" in row][-1:]
-    print_table("supervised training", ("metric", "last"), [(k, f"{v:.4g}") for row in last for k, v in row.items()])
+    rows = [(k, f"{v:,.4g}") for row in last for k, v in row.items() if k != "time"]
+    print_table("supervised training", ("metric", "last"), rows)
     say_next(f"apr-ray eval {short(policy)}", f"apr-ray train --init {short(policy)}")
 
 
