@@ -96,7 +96,8 @@ def test_learner_and_plain_torch_take_the_same_step(ray_local: None) -> None:
 
     small = ("model.hidden_size=32", "model.layers=2", "model.heads=2", "model.ffn_size=48")
     result = run(trees=6, overrides=small, repeats=1)
-    numbers(result, "ratio", "grpo_ratio", "plain_tokens_per_s", "sft_tokens_per_s", "grpo_tokens_per_s")
+    numbers(result, "ratio", "preset_ratio", "grpo_ratio")
+    numbers(result, *(f"{side}_tokens_per_s" for side in ("plain", "sft", "preset", "grpo")))
     numbers(result, "trees_learner_tokens_per_s", "trees_plain_tokens_per_s", "peak_share", "matmul_peak_gflops")
     assert result["deepspeed_overhead"] > -1  # type: ignore[operator]
     assert result["max_delta_weight"] < 2e-5  # type: ignore[operator]

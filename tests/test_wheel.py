@@ -50,9 +50,11 @@ def run(installed: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_the_package_its_presets_and_its_licence_alone(installed: Path) -> None:
+def test_the_wheel_holds_the_package_its_presets_policies_and_licence_alone(installed: Path) -> None:
     assert {p.name for p in installed.iterdir()} == {"apr_ray", "bin", DIST_INFO}
-    sources = {p.relative_to(ROOT) for p in (ROOT / "apr_ray").rglob("*") if p.suffix in (".py", ".yaml", ".typed")}
+    package = ROOT / "apr_ray"
+    sources = {p.relative_to(ROOT) for p in package.rglob("*") if p.suffix in (".py", ".yaml", ".typed")}
+    sources |= {p.relative_to(ROOT) for p in (package / "policies").rglob("*") if p.is_file()}
     files = {p.relative_to(installed) for p in (installed / "apr_ray").rglob("*") if p.is_file()}
     assert {f for f in files if f.suffix != ".pyc"} == sources
     assert {p.name for p in (installed / DIST_INFO / "licenses").iterdir()} == {"LICENSE", "NOTICE"}

@@ -2,8 +2,9 @@
 
 plain   transformers' Llama, AdamW and a gradient clip, one process a rank, each on rows of its own: no DeepSpeed, no
         Ray between steps, no reduction
-sft     as many ranks of the learner group, on the same rows: one optimiser step over all of them
-grpo    the same group, a GRPO step on as many tokens as the quickstart's has
+sft     as many ranks of the learner group, on the same rows and by AdamW too: one optimiser step over all of them
+preset  the same by the preset's optimiser, Muon
+grpo    a GRPO step of the group on as many tokens as the quickstart's has, by AdamW
 
 They take turns on the same processors; ratios are medians over neighbouring turns.
 """
@@ -35,18 +36,20 @@ GRPO = GrpoStep(clip=0.2, kl_coefficient=0.0, temperature=1.0, inner_steps=1)
 
 
 def run(repeats: int = 5, overrides: Sequence[str] = ()) -> Result:
-    """`ratio`: the supervised step to the plain loop, in tokens/s over all ranks; `grpo_ratio`: the GRPO step."""
+    """`ratio`: the supervised step to the plain loop, in tokens/s over all ranks; `preset_ratio`, `grpo_ratio`: the
+    others to it."""
     import ray
 
     config = bench_config(overrides)
     ranks = config.learner.ranks
     small, large = rows_of_noise(ranks * ROWS, config), rows_of_noise(STEPS * ranks * ROWS, config)
     with private_ray():
-        learners = LearnerGroup.start(config, config.sft.optimizer)
+        adamw = LearnerGroup.start(config, config.sft.optimizer.model_copy(update={"muon_rate": None}))
+        preset = LearnerGroup.start(config, config.sft.optimizer)
         loops: Any = ray.remote(PlainLoop).options(num_cpus=0)
         plain = [loops.remote(config, rank) for rank in range(ranks)]
 
-        def supervised() -> None:
+        def supervised(learners: LearnerGroup) -> None:
             pending: deque[list[Any]] = deque()
             for _ in range(STEPS):
                 pending.append(learners.submit_sft_step(small, RATE))
@@ -58,16 +61,19 @@ def run(repeats: int = 5, overrides: Sequence[str] = ()) -> Result:
         taken = all_in_turn(
             {
                 "plain": lambda: ray.get([loop.steps.remote(STEPS) for loop in plain]),
-                "sft": supervised,
-                "grpo": lambda: learners.grpo_step(large, GRPO, RATE),
+                "sft": lambda: supervised(adamw),
+                "preset": lambda: supervised(preset),
+                "grpo": lambda: adamw.grpo_step(large, GRPO, RATE),
             },
             repeats,
         )
-        learners.stop()
+        adamw.stop()
+        preset.stop()
 
     tokens = len(large.tokens)
     return {
         "ratio": median_ratio(taken["plain"], taken["sft"]),
+        "preset_ratio": median_ratio(taken["plain"], taken["preset"]),
         "grpo_ratio": median_ratio(taken["plain"], taken["grpo"]),
         **{f"{side}_tokens_per_s": tokens / statistics.median(seconds) for side, seconds in taken.items()},
         "tokens": float(tokens),
