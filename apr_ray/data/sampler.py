@@ -6,7 +6,8 @@ sequences of the other kind ─▶ the same ────────────
 
 Invariants (tested):
 - the batches of an epoch hold every sequence of a kind exactly once;
-- a bin's rows times its longest row are at most `bin_tokens`, or it is one sequence;
+- a bin's rows times its longest row come as near to `bin_tokens` as whole rows allow: within a third of it, or the
+  bin is one sequence;
 - a batch is several bins taken at random, so one optimiser step sees short and long sequences, children's and parents'.
 """
 
@@ -39,7 +40,7 @@ class SftSampler:
         mask: what carries no loss; see `config.SftConfig`.
         targets: what is trained where a sequence holds one of these ids; every other id is its own target. See
             `SpawnJoinProtocol.supervised_targets`.
-        batch_bins, bin_tokens: bins per batch, and padded tokens per bin at most.
+        batch_bins, bin_tokens: bins per batch, and padded tokens per bin, about.
         child_share: how often a child's sequence is shown for each time that a parent's is.
         position: where another sampler with the same arguments stood.
 
@@ -133,11 +134,11 @@ class SftSampler:
 
 
 def cut_into_bins(sequences: Ids, lengths: Ids, bin_tokens: int) -> list[Ids]:
-    """Neighbours together, longest first, as many as rows times longest row within the limit."""
+    """Neighbours together, longest first, as many rows as bring the padded tokens nearest to `bin_tokens`."""
     bins = []
     start = 0
     while start < len(sequences):
-        rows = max(1, bin_tokens // int(lengths[sequences[start]]))
+        rows = max(1, round(bin_tokens / int(lengths[sequences[start]])))
         bins.append(sequences[start : start + rows])
         start += rows
     return bins

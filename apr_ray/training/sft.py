@@ -30,6 +30,8 @@ from apr_ray.training.watch import Watch
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.registry import build_transport
 
+DECISION_POINTS = 60
+"""Validation problems at whose first decisions P(spawn) is looked at before each checkpoint."""
 IN_FLIGHT = 2
 """Steps submitted ahead, so that no rank waits for the driver to build the next batch."""
 
@@ -63,7 +65,7 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         learners = LearnerGroup.start(config, sft.optimizer, config.init_from)
         parts.callback(learners.stop)
         watch = Watch(config, run, tracker, bars)
-        points = decision_points(task, watch.validation, config.run.seed)
+        points = decision_points(task, watch.validation[:DECISION_POINTS], config.run.seed)
         judge = _Judge(config, run, learners, data.first_prompts(config.weights.check_calls))
         parts.callback(judge.stop)
         if found:
@@ -118,9 +120,10 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
 
 
 def _bins(config: Config) -> tuple[int, int]:
-    """Bins of a batch and padded tokens of each: a bin is a micro-batch, and every rank has as many of them."""
+    """Bins of a batch and padded tokens of each. A bin, up to a third larger than usual, is a micro-batch; every rank
+    has as many of them."""
     ranks, batch = config.learner.ranks, config.sft.batch_tokens
-    bin_tokens = max(1, min(config.learner.micro_batch_tokens, batch // ranks))
+    bin_tokens = max(1, min(config.learner.micro_batch_tokens * 3 // 4, batch // ranks))
     return ranks * max(1, round(batch / bin_tokens / ranks)), bin_tokens
 
 
