@@ -42,7 +42,7 @@ def a_tree(problem_key: str, sample: int, version: WeightVersion, reward: float 
 
 
 class Stub:
-    """Learners, pool, reward and transport in one: the policy is the number of its step."""
+    """Learners, pool, reward, transport and protocol in one: the policy is the number of its step."""
 
     def __init__(self, accuracy: Sequence[float]) -> None:
         self.accuracy = accuracy
@@ -66,6 +66,9 @@ class Stub:
 
     def close(self) -> None:
         pass
+
+    def chooses_to_spawn(self, token_id: int) -> None:
+        """Nothing decides."""
 
     def sample_for_check(
         self, prompts: Sequence[Any], tokens: int, temperature: float, timeout_s: float
@@ -117,8 +120,8 @@ def trained(
     @contextmanager
     def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: ProgressBars) -> Iterator[Parts]:
         rollouts = Rollouts(stub, PROBLEMS * 10, config)  # type: ignore[arg-type]
-        watch = Watch(config, run, Silent(), PROBLEMS[:10], bars)  # type: ignore[arg-type]
-        yield Parts(stub, stub, stub, stub, Turns(config, stub), rollouts, watch)
+        watch = Watch(config, run, Silent(), bars)  # type: ignore[arg-type]
+        yield Parts(stub, stub, stub, stub, Turns(config, stub), rollouts, watch, stub)
         rollouts.stop()
 
     monkeypatch.setattr(loop, "parts_of", parts_of)
@@ -158,7 +161,7 @@ def test_the_best_policy_is_never_worse_than_the_first(
     assert policy_of(run.path / "best") == best
     assert policy_of(final) == 6
     quick = {r["step"]: r["eval/quick/accuracy"] for r in run.metrics() if "eval/quick/accuracy" in r}
-    assert quick == {2: accuracy[2], 4: accuracy[4]}
+    assert quick == {step: accuracy[step] for step in (0, 2, 4, 6)}, "the best is chosen on validation problems"
 
 
 def test_trees_that_were_begun_when_the_clock_ends_a_run_end_before_its_evaluation(
@@ -177,7 +180,8 @@ def test_trees_that_were_begun_when_the_clock_ends_a_run_end_before_its_evaluati
     monkeypatch.setattr(Stub, "run", slowly)
     config = a_config(tmp_path, steps=100, overlap=True, max_staleness=1, eval_every=100, max_minutes=1.0)
     trained(config, [0.5] * 9, monkeypatch, clock_steps=3)
-    assert events == ["evaluation", *["step"] * 4, "evaluation"]
+    full = ["evaluation"] * 2  # the test set, then validation problems
+    assert events == [*full, *["step"] * 4, *full]
 
 
 def test_a_steps_metrics_are_means_over_what_was_trained() -> None:
