@@ -83,7 +83,8 @@ def evaluate_command(
         print_table(title, ("", ""), decision_rows(decided))
         numbers |= decision_metrics(decided)
     if as_json is not None:
-        asked = {"split": what.split, "problems": len(problems), "samples": what.samples, "seed": settings.run.seed}
+        asked: dict[str, object] = {"split": what.split, "problems": len(problems), "samples": what.samples}
+        asked |= {"targets_problems": what.targets_problems, "seed": settings.run.seed}
         as_json.write_text(json.dumps({**asked, "metrics": numbers}, indent=1) + "\n")
     if out is not None:
         write_trees(out, trees)

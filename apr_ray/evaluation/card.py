@@ -35,7 +35,7 @@ def write_policy_folder(policy: Path, run: Path, results: Path, out: Path) -> No
         raise AprError(f"{out} exists", "Choose another --out, or remove it")
     try:
         found = json.loads(results.read_text())
-        found["metrics"], found["split"], found["problems"]
+        found["metrics"], found["split"], found["problems"], found["targets_problems"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AprError(
             f"{results} holds no results: {error!r}", f"Make them: apr-ray eval {run} --json FILE"
@@ -50,9 +50,10 @@ def write_policy_folder(policy: Path, run: Path, results: Path, out: Path) -> No
 
 
 def _portable(config: Config) -> Config:
-    """Without names and places of the run."""
-    section = config.run.model_copy(update={"root": "runs", "name": None})
-    return config.model_copy(update={"run": section, "init_from": None})
+    """Without what belongs to one run or machine: names, places, how Ray is reached, what watches."""
+    usual = Config()
+    run = usual.run.model_copy(update={"seed": config.run.seed})
+    return config.model_copy(update={"run": run, "ray": usual.ray, "tracking": usual.tracking, "init_from": None})
 
 
 def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, Any]) -> str:
@@ -82,7 +83,8 @@ def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, A
             "---", f"license: {LICENCE}", "library_name: apr-ray", "---", "", f"# {name}", "",
             "A policy that reasons in threads: it plays Countdown, spawning children that search side by side.", "",
             "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in how), "",
-            f"On {found['problems']} problems of the split `{found['split']}`, none of which it was trained on:", "",
+            f"On {found['problems']} problems of the split `{found['split']}`, and {found['targets_problems']} with"
+            " held-out targets; it was trained on none of them:", "",
             f"| decoded | {head} |", "|---" * (len(COLUMNS) + 1) + "|", *rows, "",
             "**Limits.** It knows Countdown in the ranges above and no other text: more or larger numbers, or targets"
             " beyond the range, are tried and mostly fail. Answers must be verified: some claim what is not true.",
