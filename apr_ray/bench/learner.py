@@ -45,9 +45,9 @@ COMPARED_TREES = 4
 def run(trees: int = 12, overrides: Sequence[str] = TEN_MILLION, repeats: int = 3) -> Result:
     """`ratio`: to the plain loop, at the quickstart's size on all its ranks. `of_sampling_order`: to right-padded
     micro-batches in sampling order, with one rank and the model of `overrides`. All in tokens/s; each side takes
-    `repeats` turns: by default about six minutes."""
+    `repeats` turns: by default about five minutes."""
     of_trees: Result = in_fresh_process(_measure, trees, tuple(overrides), repeats)
-    return plain_loop.run(2 * repeats) | of_trees
+    return plain_loop.run(repeats) | of_trees
 
 
 def _measure(trees: int, overrides: Sequence[str], repeats: int) -> Result:
