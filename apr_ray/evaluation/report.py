@@ -155,7 +155,8 @@ def _figure(columns: int, width: float = 9.0, height: float = 3.4):  # type: ign
 def _plot_accuracy(path: Path, summaries: Sequence[Summary]) -> None:
     figure, (accuracy, cost) = _figure(2)
     for offset, (summary, colour) in enumerate(zip(summaries, ("#9aa5b1", "#2563eb")[-len(summaries) :], strict=True)):
-        names, found = [mode_title(mode) for mode in summary.modes], list(summary.modes.values())
+        names = [mode_title(mode).replace(", ", ",\n") for mode in summary.modes]
+        found = list(summary.modes.values())
         at = [i + 0.38 * offset - 0.19 for i in range(len(names))]
         values = [100 * m["accuracy"] for m in found]
         errors = [
@@ -174,14 +175,23 @@ def _plot_accuracy(path: Path, summaries: Sequence[Summary]) -> None:
 
 
 def _plot_curves(path: Path, sft: Sequence[Mapping[str, float]], grpo: Sequence[Mapping[str, float]]) -> None:
-    figure, (loss, reward, size) = _figure(3, 11.0, 3.0)
-    rows = [r for r in sft if "sft/loss" in r]
-    loss.plot([r["sft/tokens"] / 1e6 for r in rows], [r["sft/loss"] for r in rows], color="#2563eb")
-    loss.set(xlabel="million tokens", ylabel="supervised loss, nats", yscale="log")
+    trained = [r for r in sft if "sft/loss" in r]  # none where GRPO began with a policy that was there
+    figure, (*supervised, reward, size) = _figure(3 if trained else 2, 11.0, 3.0)
+    for loss in supervised:
+        loss.plot([r["sft/tokens"] / 1e6 for r in trained], [r["sft/loss"] for r in trained], color="#2563eb")
+        loss.set(xlabel="million tokens", ylabel="supervised loss, nats", yscale="log")
+
     rows = [r for r in grpo if "rollout/reward" in r]
     steps = [r["step"] for r in rows]
     reward.plot(steps, [r["rollout/reward"] for r in rows], color="#2563eb", label="reward")
     reward.plot(steps, [r["rollout/zero_variance_groups"] for r in rows], color="#9aa5b1", label="zero-variance groups")
+    decided = [r for r in rows if "rollout/p_spawn" in r]
+    reward.plot(
+        [r["step"] for r in decided],
+        [r["rollout/p_spawn"] for r in decided],
+        color="#16a34a",
+        label="spawns at the first decision",
+    )
     reward.set(xlabel="GRPO step", ylabel="mean over trees, temperature 1", ylim=(0, 1))
     reward.legend(frameon=False, fontsize=8)
     size.plot(steps, [r["rollout/children"] for r in rows], color="#2563eb")
