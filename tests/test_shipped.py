@@ -53,7 +53,7 @@ def test_the_shipped_policy_solves_the_readmes_problem() -> None:
 def test_the_card_is_of_these_weights_and_names_no_place() -> None:
     card = (SHIPPED / NAME / "README.md").read_text()
     assert f"`{policy_fingerprint(POLICY)}`" in card
-    for part in ("Limits", "Licence", "apr-ray sft -c quickstart", "fingerprint", "tokens in", "| greedy |"):
+    for part in ("Limits", "Licence", "apr-ray sft -c config.yaml", "fingerprint", "tokens in", "| greedy |"):
         assert part in card
     config = load_config([SHIPPED / NAME / "config.yaml"])
     assert (config.run.root, config.run.name, config.init_from) == ("runs", None, None)

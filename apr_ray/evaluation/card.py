@@ -60,11 +60,13 @@ def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, A
     shape = read_config(policy)
     state = json.loads(sorted((run / "checkpoints").glob("step-*/state.json"))[-1].read_text())
     speeds = [row["sft/tokens_per_s"] for row in read_rows(run) if "sft/tokens_per_s" in row]
-    space = read_task(policy).options.get("space", {})
+    task = read_task(policy)
+    space = task.options.get("space", {})
     how = [
         ("architecture", f"Llama, {shape['num_hidden_layers']} layers of {shape['hidden_size']}, vocabulary"
          f" {shape['vocab_size']}, context {shape['max_position_embeddings']} tokens"),
-        ("command", f"`apr-ray sft -c quickstart --data DEMOS run.seed={config.run.seed}`, apr-ray {__version__}"),
+        ("command", "`apr-ray sft -c config.yaml --data DEMOS` with the `config.yaml` beside this card, seed"
+         f" {config.run.seed}, apr-ray {__version__}"),
         ("trained on", f"{state['tokens']:,} tokens in {state['step']:,} steps, {state['precision']},"
          f" {sum(speeds) / max(1, len(speeds)):,.0f} tokens/s, {state['elapsed_s'] / 60:.1f} minutes"),
         ("demonstrations", f"fingerprint `{state['data']}`"),
@@ -81,14 +83,15 @@ def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, A
     return "\n".join(
         [
             "---", f"license: {LICENCE}", "library_name: apr-ray", "---", "", f"# {name}", "",
-            "A policy that reasons in threads: it plays Countdown, spawning children that search side by side.", "",
+            f"A policy for the task `{task.name}` that reasons in threads: it spawns children that decode side by side.",
+            "",
             "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in how), "",
             f"On {found['problems']} problems of the split `{found['split']}`, and {found['targets_problems']} with"
             " held-out targets; it was trained on none of them:", "",
             f"| decoded | {head} |", "|---" * (len(COLUMNS) + 1) + "|", *rows, "",
-            "**Limits.** It knows Countdown in the ranges above and no other text: more or larger numbers, or targets"
-            " beyond the range, are tried and mostly fail. Answers must be verified: some claim what is not true.",
+            "**Limits.** It knows texts of this task in the ranges above and nothing else. Problems beyond them are"
+            " tried and mostly fail. Answers must be verified: some claim what is not true.",
             "",
-            f"**Licence.** Apache-2.0. Load it by its name: `apr-ray trace {name} --problem \"3 5 7 -> 22\"`.", "",
+            "**Licence.** Apache-2.0.", "",
         ]
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Muon for the hidden matrices, AdamW for everything else, as one optimiser.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): a matrix moves along its momentum with all
-singular values brought near 1, by five Newton-Schulz steps. A small policy trained from scratch needs about a third
-fewer tokens for the same loss than by AdamW (docs/supervised.md).
+singular values brought near 1, by five Newton-Schulz steps. A small policy trained from scratch comes to a lower loss
+with as many tokens than by AdamW: 0.073 against 0.124 nats for children's rows after 2.5 M (docs/supervised.md).
 
 Written by hand because `torch.optim.Muon` computes in bfloat16 and one matrix at a time: on a CPU that multiplies
 bfloat16 in software its step took 14 times as long as this one, longer than the forward and backward passes. Here
@@ -20,7 +20,8 @@ import torch
 from torch.optim.adamw import adamw
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz polynomial: the steepest at 0 that keeps singular values within [0.7, 1.2]."""
+"""Coefficients of the Newton-Schulz polynomial. It is steep at 0, and after five steps all but the smallest singular
+values lie between 0.7 and 1.2."""
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
 
