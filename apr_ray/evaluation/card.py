@@ -83,7 +83,7 @@ def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, A
     return "\n".join(
         [
             "---", f"license: {LICENCE}", "library_name: apr-ray", "---", "", f"# {name}", "",
-            f"A policy for the task `{task.name}` that reasons in threads: it spawns children that decode side by side.",
+            f"A policy for the task `{task.name}` that reasons in threads: its children decode side by side.",
             "",
             "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in how), "",
             f"On {found['problems']} problems of the split `{found['split']}`, and {found['targets_problems']} with"
