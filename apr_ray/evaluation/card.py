@@ -29,7 +29,7 @@ COLUMNS = {
 def write_policy_folder(policy: Path, run: Path, results: Path, out: Path) -> None:
     """Write `out` whole: `config.yaml` without paths of this machine, `README.md`, and the policy in `final/`.
 
-    Raises AprError where `out` exists, or `results` is not what `apr-ray eval --json` wrote.
+    Raises AprError where `out` exists, `results` is not what `apr-ray eval --json` wrote, or `run` is not one of `sft`.
     """
     if out.exists():
         raise AprError(f"{out} exists", "Choose another --out, or remove it")
@@ -41,11 +41,12 @@ def write_policy_folder(policy: Path, run: Path, results: Path, out: Path) -> No
             f"{results} holds no results: {error!r}", f"Make them: apr-ray eval {run} --json FILE"
         ) from error
     config = load_config([run / "config.yaml"])
+    card = _card(out.name, policy, run, config, found)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(policy, partial / "final")
     (partial / "config.yaml").write_text(to_yaml(_portable(config)))
-    (partial / "README.md").write_text(_card(out.name, policy, run, config, found))
+    (partial / "README.md").write_text(card)
     replace_directory(partial, out)
 
 
@@ -58,7 +59,10 @@ def _portable(config: Config) -> Config:
 
 def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, Any]) -> str:
     shape = read_config(policy)
-    state = json.loads(sorted((run / "checkpoints").glob("step-*/state.json"))[-1].read_text())
+    states = sorted((run / "checkpoints").glob("step-*/state.json"))
+    state = json.loads(states[-1].read_text()) if states else {}
+    if not state.get("data"):
+        raise AprError(f"{run} is no run of apr-ray sft", "Give one; of a quickstart's run, its folder sft")
     speeds = [row["sft/tokens_per_s"] for row in read_rows(run) if "sft/tokens_per_s" in row]
     task = read_task(policy)
     space = task.options.get("space", {})
