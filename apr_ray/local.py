@@ -82,4 +82,4 @@ def solve(
     with ThreadPoolExecutor(1) as thread:  # a loop may run in this one already, as in a notebook
         tree = thread.submit(asyncio.run, think()).result()
     verdict = score(task, the_problem, tree.outcome, tree.final_text)
-    return Solution(the_problem, replace(tree, reward=float(verdict.solved), verdict=verdict.reason), verdict)
+    return Solution(the_problem, replace(tree, verdict=verdict.reason), verdict)

@@ -11,6 +11,7 @@ from apr_ray.config.training import (
     LearnerConfig,
     ModelConfig,
     OptimizerConfig,
+    RewardConfig,
     SftConfig,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PlacementConfig",
+    "RewardConfig",
     "RolloutConfig",
     "Section",
     "SftConfig",

@@ -212,7 +212,7 @@ class EvalConfig(Section):
     """Problems of a full evaluation."""
     samples: Positive = 1
     """Trees per problem at temperature > 0."""
-    temperatures: tuple[Rate, ...] = (0.0, 1.0)
+    temperatures: tuple[Rate, ...] = (0.0, 0.3, 0.6, 1.0)
     """Sampling temperatures of a full evaluation; 0 is greedy."""
     split: Literal["heldout", "validation", "heldout_targets"] = "heldout"
     """Problems of a full evaluation: the test set, the validation set, or those whose targets are never trained on."""

@@ -93,9 +93,9 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment. Where it is larger than that root, steps are in proportion to the
     gradient, as in SGD with momentum: less noise goes into parameters whose gradient is small."""
-    final_norm_scale: PositiveFloat | None = None
-    """Learning rate of the last normalisation's gains over `learning_rate`, with an `eps` of 1e-8. They scale all
-    logits, so this is how fast a policy may become surer of itself as a whole. The same rate where not given."""
+    parameters: Literal["all", "final_norm"] = "all"
+    """`final_norm` trains the gains of the last normalisation alone. They scale all logits, so a policy can become
+    surer of itself and learn nothing else: a control."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
 
@@ -129,12 +129,57 @@ class SftConfig(Section):
     """Steps between lines of metrics."""
 
 
+class RewardConfig(Section):
+    """The price of each ending of a tree. The verifier gives it in training alone, never while a policy answers.
+
+    With a false claim below no answer, the reward is largest where a policy claims an answer if and only if
+    P(right) > `claim_threshold`: with prices 1, 0 and -c that is c / (1 + c).
+    """
+
+    solved: float = 1.0
+    """The answer is right."""
+    no_answer: float = 0.0
+    """The tree says that it found none."""
+    false_claim: float = 0.0
+    """The tree claims an answer that is not right."""
+    cut_off: float = 0.0
+    """A bound or a full context ended it."""
+    invalid_spawn: float = 0.0
+    """It ended in a spawn that cannot be followed."""
+    failed_engine: float = 0.0
+    """Its engine failed. It counts in `rollout/reward` alone: such a tree is left out of its group."""
+    coin: bool = False
+    """Draw 1 or 0 for every tree by a fair coin instead: a control, from which nothing can be learned."""
+
+    @property
+    def claim_threshold(self) -> float:
+        """P(right) above which a claim pays more than no answer."""
+        return (self.no_answer - self.false_claim) / (self.solved - self.false_claim)
+
+    @model_validator(mode="after")
+    def _no_ending_escapes(self) -> RewardConfig:
+        wrong = {"false_claim": self.false_claim, "cut_off": self.cut_off, "invalid_spawn": self.invalid_spawn}
+        for name, price in (wrong | {"no_answer": self.no_answer}).items():
+            if price >= self.solved:
+                raise ValueError(f"{name} {price:g} is not below solved {self.solved:g}")
+        if self.false_claim < self.no_answer:
+            for name, price in wrong.items():
+                if price >= self.no_answer:
+                    raise ValueError(
+                        f"false_claim {self.false_claim:g} has a price and {name} {price:g} is not below no_answer"
+                        f" {self.no_answer:g}: a policy would escape into it; price it too"
+                    )
+        return self
+
+
 class GrpoConfig(Section):
     """GRPO over whole trees (paper section 3.3)."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     steps: Positive = 150
     """Rollout phases in all."""
+    tokens: Positive | None = None
+    """Ends training once so many tokens were sampled, at the end of a step: two arms with as many are comparable."""
     max_minutes: PositiveFloat | None = None
     """Ends training by the clock, at the end of a step."""
     problems_per_step: Positive = 64
@@ -143,11 +188,12 @@ class GrpoConfig(Section):
     """Trees per problem, over which advantages are normalised."""
     inner_steps: Positive = 2
     """Optimiser steps on each batch of rollouts."""
-    advantage: Literal["group", "success"] = "group"
-    """`group`: z-scores of a group's rewards. `success`: the reward itself, which with one inner step is supervised
-    training on the solved trees (rejection sampling): a control."""
-    reward: Literal["task", "random"] = "task"
-    """`random` draws every tree's reward by a fair coin: a control, from which nothing can be learned."""
+    advantage: Literal["group", "leave_one_out", "success"] = "group"
+    """`group`: z-scores of a group's rewards, as in the paper. `leave_one_out`: a reward less the mean of the others in
+    its group, in the rewards' own unit: z-scores blow up the small prices of a group that nobody solved. `success`: 1
+    for solved trees, and no others, which with one inner step is supervised training on them (rejection sampling)."""
+    reward: RewardConfig = RewardConfig()
+    """What the endings of a tree are worth. By default 1 for a right answer and 0 for all else, as in the paper."""
     clip: PositiveFloat = 0.2
     """PPO's clip range on the ratio."""
     loss_mean: Literal["call", "tree", "token"] = "call"

@@ -172,6 +172,31 @@ class Outcome(StrEnum):
     ENGINE_ERROR = "engine_error"
 
 
+SOLVED = "solved"
+"""The verdict on a solved tree, for every task."""
+
+
+class Ending(StrEnum):
+    """The six kinds of endings of a tree; training pays each a price of its own (`config.RewardConfig`)."""
+
+    SOLVED = "solved"
+    NO_ANSWER = "no_answer"
+    FALSE_CLAIM = "false_claim"
+    CUT_OFF = "cut_off"
+    INVALID_SPAWN = "invalid_spawn"
+    FAILED_ENGINE = "failed_engine"
+
+
+_ENDINGS = {
+    Outcome.ANSWERED: Ending.FALSE_CLAIM,  # of a tree that is not solved
+    Outcome.NO_ANSWER: Ending.NO_ANSWER,
+    Outcome.INVALID_SPAWN: Ending.INVALID_SPAWN,
+    Outcome.ENGINE_ERROR: Ending.FAILED_ENGINE,
+    Outcome.CANCELLED: Ending.FAILED_ENGINE,
+}
+"""By outcome. All others are bounds: the tree was cut off."""
+
+
 @dataclass(frozen=True)
 class ThreadTree:
     """One reasoning: every call of every thread, in the order (path, segment), and what came of it.
@@ -180,6 +205,8 @@ class ThreadTree:
         problem_key: whose attempt this is; `sample` numbers the attempts at one problem.
         final_text: the root parent's whole context, joins included, without special tokens.
         outcome, detail: a named reason and, where there is one, its particulars.
+        reward: a number to train on. No estimate reads it: prices and coins are rewards too.
+        verdict: the verifier's judgement, `SOLVED` or a named reason; "" before it was given.
     """
 
     problem_key: str
@@ -193,6 +220,18 @@ class ThreadTree:
     invalid_spawns: int = 0
     reward: float | None = None
     verdict: str = ""
+
+    @property
+    def solved(self) -> bool:
+        """Whether the verifier found its answer right. Raises ValueError before the verdict."""
+        if not self.verdict:
+            raise ValueError(f"the tree of {self.problem_key!r}, sample {self.sample}, has no verdict yet")
+        return self.verdict == SOLVED
+
+    @property
+    def ending(self) -> Ending:
+        """How it ended. Raises ValueError before the verdict."""
+        return Ending.SOLVED if self.solved else _ENDINGS.get(self.outcome, Ending.CUT_OFF)
 
     @cached_property
     def total_tokens(self) -> int:

@@ -47,8 +47,6 @@ class Tokenizer(Protocol):
 
 VALIDATION = "validation"
 """The split by which checkpoints and settings are chosen."""
-SOLVED = "solved"
-"""What a solved tree's verdict is called, by every task."""
 
 
 @dataclass(frozen=True, slots=True)

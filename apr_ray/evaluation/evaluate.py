@@ -40,7 +40,7 @@ class EvalResult:
     @property
     def passed(self) -> int:
         """Problems of which at least one sample was verified (the paper's pass@n; n is `samples`)."""
-        return len({tree.problem_key for tree in self.trees if tree.reward})
+        return len({tree.problem_key for tree in self.trees if tree.solved})
 
     def metrics(self, mode: str = "") -> dict[str, float]:
         """By the names in `metrics.names`; of another mode than the temperature's where one is given."""
@@ -106,7 +106,7 @@ def evaluate(
     scored = reward.score([p for p, _ in asked], [t for t in trees if t is not None])
     solved: dict[str, float] = defaultdict(float)
     for tree in scored:
-        solved[tree.problem_key] += (tree.reward or 0.0) / samples
+        solved[tree.problem_key] += tree.solved / samples
     low, high = wilson(sum(solved.values()), len(problems))
     return EvalResult(
         temperature, len(problems), samples, sum(solved.values()) / len(problems), low, high, tuple(scored)

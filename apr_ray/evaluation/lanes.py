@@ -60,7 +60,7 @@ def lanes_of(tree: ThreadTree) -> list[Lane]:
         lanes.insert(place, Lane(path, label, tuple(stretches), outcome, own))
         return now
 
-    walk((), "parent", 0, "solved" if tree.reward else tree.verdict or tree.outcome.value)
+    walk((), "parent", 0, tree.verdict or tree.outcome.value)
     return lanes
 
 

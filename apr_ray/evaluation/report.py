@@ -73,7 +73,7 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
 def pick_tree(path: Path) -> ThreadTree | None:
     """A tree worth drawing: solved, with the most children; else the one with the most children."""
     trees = list(read_trees(path))
-    return max(trees, key=lambda t: ((t.reward or 0) > 0 and t.children > 0, t.children), default=None)
+    return max(trees, key=lambda t: (t.solved and t.children > 0, t.children), default=None)
 
 
 def write_report(run: Path, sft: Path, grpo: Path) -> Path:

@@ -31,7 +31,7 @@ def recorded_tree(path: Path, number: int | None = None) -> tuple[ThreadTree, Pa
         if not 0 <= number < len(trees):
             raise AprError(f"{files[-1]} has no tree {number}", f"Choose one of 0..{len(trees) - 1}")
         return trees[number], where
-    return max(trees, key=lambda t: ((t.reward or 0) > 0 and t.children > 0, t.children)), where
+    return max(trees, key=lambda t: (t.solved and t.children > 0, t.children)), where
 
 
 def describe_tree(tree: ThreadTree, policy: Path | None, text: bool = False) -> str:

@@ -19,6 +19,8 @@ class StepStats:
         tokens: trained tokens; `clipped` of them had a clipped ratio, `cut` of them a cut importance weight.
         padded_tokens: rows times width over all micro-batches: what the forward pass had to compute.
         grad_norm: before clipping; the same on every rank.
+        logit_scale: weighted sum, as `entropy`.
+        update_norm: of all that the step changed, the same on every rank; None at ZeRO stage 3, where no rank holds it.
         slope: Σ logprob × ∂loss/∂logprob over the trained tokens, of GRPO. Its sign is the gradient's, where the loss
             itself is near 0 on policy, whichever way it is descended.
         mismatch: of the whole batch, the same on every rank; of the first inner step of GRPO only.
@@ -34,6 +36,8 @@ class StepStats:
     clipped: int = 0
     cut: int = 0
     slope: float = 0.0
+    logit_scale: float = 0.0
+    update_norm: float | None = None
     mismatch: Mismatch | None = None
 
 
@@ -50,6 +54,8 @@ def merge(parts: Sequence[StepStats]) -> StepStats:
         clipped=sum(p.clipped for p in parts),
         cut=sum(p.cut for p in parts),
         slope=sum(p.slope for p in parts),
+        logit_scale=sum(p.logit_scale for p in parts),
+        update_norm=parts[0].update_norm,
         mismatch=parts[0].mismatch,
     )
 

@@ -29,7 +29,7 @@ from apr_ray.learner.steps import GrpoStep, StepStats, merge
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import copy_flat, pack_weights, trainable_parameters
 from apr_ray.rl.batches import plan_micro_batches
-from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.losses import grpo_loss, sft_loss, token_entropy, token_logit_scale, token_logprobs
 from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 
 
@@ -137,8 +137,8 @@ class Trainer:
         out = []
         for _ in range(step.inner_steps):
             parts = [self._accumulate(rows, step, learning_rate) for rows in rows_of]
-            self.apply(learning_rate)
-            out.append(replace(merge(parts), grad_norm=self.grad_norm()))
+            update_norm = self._apply_and_measure(learning_rate)
+            out.append(replace(merge(parts), grad_norm=self.grad_norm(), update_norm=update_norm))
         mismatch = measure_mismatch(self._delta(batch, rows_of), batch)
         return [replace(out[0], mismatch=mismatch), *out[1:]]
 
@@ -148,6 +148,7 @@ class Trainer:
         logprobs = token_logprobs(logits, rows.targets, step.temperature)
         with torch.no_grad():
             entropy = token_entropy(logits, step.temperature)
+            logit_scale = float((rows.weights * token_logit_scale(logits)).sum())
         if rows.proximal is None:  # the first inner step: the policy is still that at the start of the batch
             rows.proximal = logprobs.detach()
             if step.correction:
@@ -177,6 +178,7 @@ class Trainer:
             result.clipped,
             cut=int((rows.importance.cut & (rows.weights != 0)).sum()) if rows.importance else 0,
             slope=float((logprobs.detach().double() * logprobs.grad).sum()) / self.world,
+            logit_scale=logit_scale,
         )
 
     def _weigh_whole_batch(self, batch: TrainBatch, rows_of: Sequence[Rows], step: GrpoStep, how: Correction) -> None:
@@ -233,6 +235,18 @@ class Trainer:
             group["lr"] = learning_rate * group.get("scale", 1.0)
         self.engine.step()  # at ZeRO stages 1 to 3 it takes no step then, and says so by the norm
         _require_finite(self.grad_norm())
+
+    def _apply_and_measure(self, learning_rate: float) -> float | None:
+        """`apply`, and the norm of what it changed; None at ZeRO stage 3."""
+        if self.zero == 3:
+            self.apply(learning_rate)
+            return None
+        parameters = [p for _, p in trainable_parameters(self.policy)]
+        before = [p.detach().clone() for p in parameters]
+        self.apply(learning_rate)
+        with torch.no_grad():
+            changes = [torch.linalg.vector_norm(p - old) for p, old in zip(parameters, before, strict=True)]
+            return float(torch.linalg.vector_norm(torch.stack(changes)))
 
     def grad_norm(self) -> float:
         """Of the last step, before clipping."""
@@ -372,20 +386,18 @@ def build_optimizer(policy: Any, optimizer: OptimizerConfig, rank: int = 0, worl
 
 
 def parameter_groups(policy: Any, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """All parameters; apart from the rest, each with its rate as a `scale` of theirs, the last normalisation's where
-    `final_norm_scale` is given and the hidden matrices where `muon_rate` is."""
-    last, matrices, others = [], [], []
+    """All parameters, the hidden matrices apart from the rest where `muon_rate` is given, with their rate as a `scale`
+    of the others'; or the last normalisation's gains alone."""
+    if optimizer.parameters == "final_norm":
+        return [{"params": [policy.model.norm.weight]}]
+    matrices, others = [], []
     for name, parameter in policy.named_parameters():
-        if optimizer.final_norm_scale is not None and parameter is policy.model.norm.weight:
-            last.append(parameter)
-        elif optimizer.muon_rate is not None and parameter.ndim == 2 and ".layers." in name:
+        if optimizer.muon_rate is not None and parameter.ndim == 2 and ".layers." in name:
             matrices.append(parameter)
         else:
             others.append(parameter)
 
     groups: list[dict[str, Any]] = [{"params": others}]
-    if last:
-        groups.append({"params": last, "scale": optimizer.final_norm_scale, "eps": 1e-8})
     if optimizer.muon_rate is not None:
         scale = optimizer.muon_rate / optimizer.learning_rate
         groups.append({"params": matrices, "scale": scale, "muon": True})

@@ -1,4 +1,4 @@
-"""What a set of trees comes to."""
+"""Aggregate metrics of a set of trees. All read verdicts: a reward may be a price or a coin's."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from apr_ray.core.ledger import Outcome, ThreadTree
-from apr_ray.core.task import SOLVED
+from apr_ray.core.ledger import Ending, ThreadTree
 from apr_ray.core.weights import WeightVersion
-
-CUT_OFF = frozenset(
-    {
-        Outcome.TRUNCATED,
-        Outcome.CONTEXT_FULL,
-        Outcome.BOUND_ROUNDS,
-        Outcome.BOUND_CHILDREN,
-        Outcome.BOUND_DEPTH,
-        Outcome.BOUND_TOKENS,
-        Outcome.BOUND_TIME,
-    }
-)
 
 
 def tree_metrics(trees: Sequence[ThreadTree]) -> dict[str, float]:
-    """Means over trees, by the last part of their names in `metrics.names`. Raises ValueError on no trees."""
+    """Means over judged trees, by the last part of their names in `metrics.names`. Raises ValueError on no trees.
+
+    What is given a spawn is left out where no tree spawned.
+    """
     if not trees:
         raise ValueError("metrics of no trees")
     count = len(trees)
     spawns = sum(len(t.spawns) for t in trees)
     invalid = sum(t.invalid_spawns for t in trees)
     replaced = sum(len(call.replaced) for t in trees for call in t.calls)
+    endings = Counter(t.ending for t in trees)
+    spawning = [t for t in trees if t.spawns]
+    given_spawn = {}
+    if spawning:
+        given_spawn = {
+            "children_given_spawn": sum(t.children for t in spawning) / len(spawning),
+            "accuracy_given_spawn": sum(t.solved for t in spawning) / len(spawning),
+        }
     return {
         "total_tokens": sum(t.total_tokens for t in trees) / count,
         "sequential_tokens": sum(t.sequential_tokens for t in trees) / count,
         "children": sum(t.children for t in trees) / count,
+        "spawned": 100 * len(spawning) / count,
+        **given_spawn,
         "depth": sum(t.depth for t in trees) / count,
-        "truncated": 100 * sum(t.outcome in CUT_OFF for t in trees) / count,
+        "truncated": 100 * endings[Ending.CUT_OFF] / count,
         "invalid_spawns": 100 * invalid / max(1, spawns + invalid),
-        "false_claims": 100 * sum(t.outcome is Outcome.ANSWERED and t.verdict != SOLVED for t in trees) / count,
+        "false_claims": 100 * endings[Ending.FALSE_CLAIM] / count,
         "replaced_spawns": 100 * replaced / max(1, spawns + invalid),
     }
 
 
 def failure_reasons(trees: Sequence[ThreadTree]) -> dict[str, float]:
-    """Percent of trees per verdict, solved ones left out. By the verdict, since a reward may be a coin's."""
-    counts = Counter(t.verdict for t in trees if t.verdict != SOLVED)
+    """Percent of trees per verdict, solved ones left out."""
+    counts = Counter(t.verdict for t in trees if not t.solved)
     return {reason: 100 * n / len(trees) for reason, n in sorted(counts.items())}
 
 

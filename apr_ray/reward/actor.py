@@ -1,4 +1,4 @@
-"""Rewards: 1 for a verified solution, else 0, with a named reason; trees are scored in batches."""
+"""Verdicts on trees, in batches. Their prices are the loop's business (`rl.rewards`): a verdict is not a reward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ray
 
 from apr_ray.config import TaskConfig
 from apr_ray.core.ledger import Outcome, Problem, ThreadTree
-from apr_ray.core.task import SOLVED, Verdict
+from apr_ray.core.task import Verdict
 from apr_ray.parts import DEAD, died
 from apr_ray.reward.score import score
 from apr_ray.tasks.registry import load_task
@@ -41,16 +41,13 @@ class RewardClient:
         self.actor: Any = ray.remote(RewardActor).options(**options).remote(task)
 
     def score(self, problems: Sequence[Problem], trees: Sequence[ThreadTree]) -> list[ThreadTree]:
-        """Trees with their rewards and verdicts; `problems[i]` is tree i's. Raises PartDied."""
+        """Trees with their verdicts; `problems[i]` is tree i's. Raises PartDied."""
         items = [(p, t.outcome, t.final_text) for p, t in zip(problems, trees, strict=True)]
         try:
             verdicts: list[Verdict] = ray.get(self.actor.score.remote(items))
         except DEAD as error:
             raise died(f"reward actor, after {RESTARTS} restarts,", error, "") from error
-        return [
-            replace(tree, reward=float(verdict.solved), verdict=SOLVED if verdict else verdict.reason)
-            for tree, verdict in zip(trees, verdicts, strict=True)
-        ]
+        return [replace(tree, verdict=verdict.reason) for tree, verdict in zip(trees, verdicts, strict=True)]
 
     def stop(self) -> None:
         """End the actor."""

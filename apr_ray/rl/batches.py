@@ -51,11 +51,12 @@ def grpo_batch(
     A tree whose engine failed says nothing of the policy: it is left out, of its group's statistics too.
 
     Args:
-        groups: every tree must have its reward.
+        groups: every tree must have its reward, or with `success` its verdict.
         skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
             is 0 then. Their tokens are counted, and they stay in the denominators.
         stale: groups that are not used because they are too old; their tokens are counted.
-        advantage_kind: see `rl.advantages.ADVANTAGES`.
+        advantage_kind: see `config.GrpoConfig.advantage`. With `success` all other trees are left out, of the
+            denominators too: each trained token weighs the same, whoever else was sampled.
     """
     dispositions: Counter[Disposition] = Counter()
     for group in stale:
@@ -71,26 +72,38 @@ def grpo_batch(
                 dispositions.update(counts)
             else:
                 trees.append(tree)
+        if not trees:
+            continue
+        used += 1
+        if advantage_kind == "success":
+            zero_variance += len({tree.solved for tree in trees}) == 1
+            rated += [(tree, 1.0) for tree in trees if tree.solved]
+            for tree in trees:
+                if not tree.solved:
+                    _count_without_advantage(tree, dispositions)
+            continue
         rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
         if len(rewards) < len(trees):
             raise ValueError(f"group {group.problem_key} has a tree without a reward")
-        if trees:
-            used += 1
-            zero_variance += len(set(rewards)) == 1
-            rated += zip(trees, ADVANTAGES[advantage_kind](rewards), strict=True)
+        zero_variance += len(set(rewards)) == 1
+        rated += zip(trees, ADVANTAGES[advantage_kind](rewards), strict=True)
     calls_of = [_trained_calls(tree) for tree, _ in rated]
     divisors_of = denominators([[len(positions) for _, positions in calls] for calls in calls_of], loss_mean)
     sequences: list[TrainSequence] = []
     for number, (tree, advantage) in enumerate(rated):
-        counts = tree.dispositions()
         if skip_zero_advantage and advantage == 0.0:
-            dispositions[Disposition.ZERO_ADVANTAGE] += counts.pop(Disposition.TRAINED, 0)
-            dispositions.update(counts)
+            _count_without_advantage(tree, dispositions)
             continue
-        dispositions.update(counts)
+        dispositions.update(tree.dispositions())
         for (call, positions), divisor in zip(calls_of[number], divisors_of[number], strict=True):
             sequences.append(_call_sequence(call, positions, 1.0 / divisor, advantage, number))
     return GrpoBatch(lay_out(sequences), dispositions, zero_variance, used)
+
+
+def _count_without_advantage(tree: ThreadTree, dispositions: Counter[Disposition]) -> None:
+    counts = tree.dispositions()
+    dispositions[Disposition.ZERO_ADVANTAGE] += counts.pop(Disposition.TRAINED, 0)
+    dispositions.update(counts)
 
 
 def denominators(tokens: Sequence[Sequence[int]], loss_mean: LossMean) -> list[list[int]]:

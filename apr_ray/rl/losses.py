@@ -44,6 +44,12 @@ def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
     return torch.nn.functional.pad(-(logprobs.exp() * logprobs).sum(dim=-1), (1, 0))
 
 
+def token_logit_scale(logits: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over the vocabulary of the logits that each token was drawn from: [b, t]; 0 at the first
+    position. It tells a policy that became surer of itself from one that learned which token is right."""
+    return torch.nn.functional.pad(_precise(logits[:, :-1]).std(dim=-1), (1, 0))
+
+
 def _precise(logits: torch.Tensor) -> torch.Tensor:
     """In float32 at least: a bfloat16 logprob has three digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

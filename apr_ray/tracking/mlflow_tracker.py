@@ -118,7 +118,7 @@ class MlflowTracker:
                 span.end(end_time_ns=_ns(call.end_s))
             thread.end(end_time_ns=_ns(max(c.end_s for c in calls)))
         root.end(
-            outputs={"text": tree.final_text, "verdict": tree.verdict, "reward": tree.reward},
+            outputs={"text": tree.final_text, "verdict": tree.verdict},
             end_time_ns=_ns(max(c.end_s for c in tree.calls)),
         )
 

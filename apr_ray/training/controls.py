@@ -176,7 +176,7 @@ def _rewards(run: Path, mode: str, which: int) -> np.ndarray:
         raise AprError(f"{run} has no evaluation", "Remove the folder and run the controls again")
     per_problem: dict[str, list[float]] = {}
     for tree in read_trees(found[which]):
-        per_problem.setdefault(tree.problem_key, []).append(tree.reward or 0.0)
+        per_problem.setdefault(tree.problem_key, []).append(float(tree.solved))
     return np.array([np.mean(per_problem[key]) for key in sorted(per_problem)])
 
 

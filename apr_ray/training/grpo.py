@@ -32,6 +32,7 @@ from apr_ray.model.llama import policy_fingerprint
 from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import GrpoBatch, grpo_batch
+from apr_ray.rl.rewards import priced
 from apr_ray.rl.schedules import learning_rate
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.registry import load_task
@@ -113,7 +114,8 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
         clock = Clock(state.elapsed_s)
 
         def done() -> float:
-            return max(state.step / grpo.steps, clock.share_of(grpo.max_minutes))
+            sampled = state.sampled_tokens / grpo.tokens if grpo.tokens else 0.0
+            return max(state.step / grpo.steps, sampled, clock.share_of(grpo.max_minutes))
 
         last = done() >= 1
         with bars.bar("GRPO", 1.0) as bar:
@@ -146,6 +148,7 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 state.step += 1
                 state.version = str(version)
                 state.tokens += sum(s.tokens for s in stats)
+                state.sampled_tokens += sum(t.total_tokens for t in trees)
                 state.elapsed_s = clock.elapsed_s()
                 metrics = step_metrics(trees, made, stats, measured, times, rollout_s, grpo.kl_coefficient > 0)
                 metrics |= {"sync/delta_logprob_mean": delta, "rollout/restarts": float(pool.restarts)}
@@ -154,7 +157,9 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 run.log_samples(samples(trees, measured), state.step)
                 watch.log(metrics, state.step)
                 last = done() >= 1  # what comes until the next step is not training
-                note = f"step {state.step}  reward {metrics['rollout/reward']:.3f}  {metrics['time/step_s']:.1f} s/step"
+                note = (
+                    f"step {state.step}  solved {metrics['rollout/accuracy']:.3f}  {metrics['time/step_s']:.1f} s/step"
+                )
                 bar.update(min(1.0, done()), note)
                 improved = due and not last and watch.quick_evaluation(pool, parts.reward, state)
                 on_disk = None
@@ -182,8 +187,9 @@ def save(run: RunDir, learners: LearnerGroup, state: LoopState, improved: bool) 
 def rewarded(trees: Sequence[ThreadTree], parts: Parts, config: Config, step: int) -> list[ThreadTree]:
     """A step's trees with their rewards."""
     problems = [p for p in parts.rollouts.problems(step) for _ in range(config.grpo.group_size)]
-    scored = parts.reward.score(problems, trees)
-    return scored if config.grpo.reward == "task" else randomly_rewarded(scored, config.run.seed, step)
+    judged = parts.reward.score(problems, trees)
+    prices = config.grpo.reward
+    return randomly_rewarded(judged, config.run.seed, step) if prices.coin else priced(judged, prices)
 
 
 def randomly_rewarded(trees: Sequence[ThreadTree], seed: int, step: int) -> list[ThreadTree]:
@@ -283,6 +289,7 @@ def step_metrics(
     prompt = sum(len(c.prompt_ids) for t in trees for c in t.calls)
     out = {
         "rollout/reward": sum(t.reward or 0.0 for t in trees) / len(trees),
+        "rollout/accuracy": sum(t.solved for t in trees) / len(trees),
         "rollout/zero_variance_groups": made.zero_variance_groups / max(1, made.groups),
         "rollout/staleness": staleness(trees, version),
         "rollout/tokens_per_s": sum(t.total_tokens for t in trees) / rollout_s,
@@ -300,16 +307,20 @@ def step_metrics(
     out |= {f"rollout/tokens/{disposition.value}": float(n) for disposition, n in made.dispositions.items()}
     if stats:
         first, last = stats[0], stats[-1]
+        weight = float(made.batch.loss_weights.sum())
         out |= {
             "train/loss": first.loss,
             "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
             "train/learning_rate": first.learning_rate,
-            "train/entropy": first.entropy / float(made.batch.loss_weights.sum()),
+            "train/entropy": first.entropy / weight,
+            "train/logit_scale": first.logit_scale / weight,
             "train/clip_fraction": last.clipped / max(1, last.tokens),
             "train/tokens": float(first.tokens),
             "train/tokens_per_s": sum(s.tokens for s in stats) / learn_s,
             "train/mismatch/cut": first.cut / max(1, first.tokens),
         }
+        if norms := [s.update_norm for s in stats if s.update_norm is not None]:
+            out["train/update_norm"] = sum(norms) / len(norms)
         if with_kl:
             out["train/kl"] = first.kl
         if first.mismatch:

@@ -48,6 +48,7 @@ class LoopState:
         step: steps done.
         version: the weights after them.
         tokens: trained on so far.
+        sampled_tokens: by GRPO's rollouts so far.
         precision: of supervised training, as it was chosen when the run began.
         elapsed_s: of training, over all incarnations.
         position: the sampler's.
@@ -61,6 +62,7 @@ class LoopState:
     step: int = 0
     version: str = "0.0"
     tokens: int = 0
+    sampled_tokens: int = 0
     precision: str = ""
     elapsed_s: float = 0.0
     position: dict[str, int] = field(default_factory=dict)
