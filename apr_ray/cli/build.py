@@ -156,22 +156,24 @@ def controls(
     init: Annotated[Path, typer.Option(help="Policy that every arm begins with: a checkpoint or a run folder.")],
     data: Annotated[Path, typer.Option(help="Demonstrations for the arm that goes on with them.")],
     overrides: Overrides = None,
-    minutes: Annotated[float, typer.Option(help="Of training, for each arm and seed.")] = 10.0,
+    tokens: Annotated[
+        int, typer.Option(help="For each arm and seed: sampled by GRPO, demonstrated to continued supervised training.")
+    ] = 5_000_000,
     seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 3,
     arm: Annotated[
         Optional[list[str]], typer.Option(help="Compare GRPO with this arm only, or with `overlap`; may be repeated.")
     ] = None,
     config: Files = None,
 ) -> None:
-    """GRPO beside its controls: continued supervised training, rejection sampling, random rewards, a frozen engine."""
+    """GRPO beside its controls: continued supervised training, rejection sampling, sharpening alone, random rewards, a
+    frozen engine."""
     from apr_ray.tracking.progress import ProgressBars
-    from apr_ray.training.controls import CONTROLS, run_controls, table_rows
+    from apr_ray.training.controls import CONTROLS, TABLE_HEAD, run_controls, table_rows
     from apr_ray.training.run_dir import find_policy
 
     files = [find_config(f) for f in config or []]
     policy, bars = find_policy(init), ProgressBars()
     outcomes = run_controls(
-        files, overrides or [], policy, data, minutes=minutes, seeds=seeds, arms=arm or CONTROLS, bars=bars
+        files, overrides or [], policy, data, tokens=tokens, seeds=seeds, arms=arm or CONTROLS, bars=bars
     )
-    head = ("arm", "mode", "before, %", "after, %", "gain [95 % over seeds and problems]", "GRPO is ahead by", "steps")
-    print_table(f"{minutes:g} minutes each, {seeds} seeds", head, table_rows(outcomes))
+    print_table(f"{tokens:,} tokens each, {seeds} seeds", TABLE_HEAD, table_rows(outcomes))

@@ -94,10 +94,13 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 def final_table(grpo: Path) -> None:
     """A GRPO run's accuracy and cost, before and after."""
-    from apr_ray.evaluation.report import summarise, table_rows
+    from apr_ray.evaluation.report import TABLE_HEAD, summarise, table_rows, yardstick
+    from apr_ray.metrics.names import mode_title
 
-    head = ("mode", "policy", "accuracy [95 %]", "false claims", "children", "total tokens", "sequential")
-    print_table("before and after GRPO", head, table_rows(summarise(grpo)))
+    summaries = summarise(grpo)
+    best, gains = yardstick(grpo, summaries)
+    title = f"before and after GRPO; yardstick: the policy before, {mode_title(best)}" if best else "after GRPO"
+    print_table(title, TABLE_HEAD, table_rows(summaries, gains))
 
 
 def say_next(*lines: str) -> None:

@@ -10,6 +10,8 @@ import typer
 from apr_ray.cli.common import Files, Overrides, app, config_app, console, print_table, read_config, say_next, short
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from apr_ray.core.ledger import ThreadTree
 
 
@@ -22,7 +24,12 @@ def evaluate_command(
     model: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
     overrides: Overrides = None,
     config: Files = None,
-    out: Annotated[Optional[Path], typer.Option(help="Write the trees here, as JSON lines.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder for the trees: a file of JSON lines for each mode.")
+    ] = None,
+    against: Annotated[
+        Optional[Path], typer.Option(help="Compare with these trees, problem by problem: what --out wrote, or a run.")
+    ] = None,
     as_json: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers here.")] = None,
 ) -> None:
     """Accuracy and cost of a policy on problems that it never trained on."""
@@ -31,9 +38,11 @@ def evaluate_command(
     from apr_ray.config import config_of
     from apr_ray.core.errors import AprError
     from apr_ray.core.trees_io import write_trees
+    from apr_ray.evaluation.comparison import COMPARISON_HEAD, compare, comparison_rows, read_evaluation
     from apr_ray.evaluation.decisions import decide_by_checkpoint, decision_metrics
     from apr_ray.evaluation.decisions import table_rows as decision_rows
     from apr_ray.evaluation.evaluate import eval_parts, evaluate
+    from apr_ray.metrics.names import mode_title
     from apr_ray.model.llama import read_task
     from apr_ray.reward.actor import RewardClient
     from apr_ray.rollout.pool import RolloutPool
@@ -43,10 +52,11 @@ def evaluate_command(
     from apr_ray.training.session import ray_session, require_startable
 
     for option, file in (("--out", out), ("--json", as_json)):
-        if file is not None and file.is_dir():
-            raise AprError(f"{option} {file} is a folder", "Give the name of a file")
+        if file is not None and file.exists() and (option == "--out") != file.is_dir():
+            raise AprError(f"{option} {file} is {'a folder' if file.is_dir() else 'a file'}", "Give another name")
         if file is not None and not file.absolute().parent.is_dir():
             raise AprError(f"{option} {file}: {file.absolute().parent} is no folder", "Make it first")
+    before = read_evaluation(against) if against else None
     policy = find_policy(model)
     beside = config_of(policy)  # the run's own bounds and engine, unless told otherwise
     settings = read_config([*([str(beside)] if beside else []), *(config or [])], overrides)
@@ -54,11 +64,11 @@ def evaluate_command(
     require_startable(settings, policy)
     what = settings.evaluation
     task = load_task(settings.task)
-    parts = eval_parts(what, task, settings.run.seed)
+    parts = eval_parts(what, task)
     problems = parts[0].problems
     rows: list[tuple[str, str, str]] = []
     numbers: dict[str, float] = {}
-    trees: list[ThreadTree] = []
+    trees: dict[str, Sequence[ThreadTree]] = {}
     with ray_session(settings):
         pool, reward = RolloutPool.start(settings, str(policy)), RewardClient(settings.task)
         for part in parts:
@@ -76,18 +86,24 @@ def evaluate_command(
             found, prefix = result.metrics(part.mode), f"eval/{part.mode}/"
             rows += [(part.mode, name.removeprefix(prefix), f"{value:.4g}") for name, value in found.items()]
             numbers |= found
-            trees += result.trees
+            trees[part.mode] = result.trees
     print_table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
     if decided := decide_by_checkpoint(policy, task, problems[:DECISIONS], settings.run.seed):
         title = f"the decision to spawn, at the first one of {len(decided.spawn)} demonstrations"
         print_table(title, ("", ""), decision_rows(decided))
         numbers |= decision_metrics(decided)
+    if before is not None:
+        best, changes = compare(before, trees)
+        title = f"against {against}, decoded at its best temperature ({mode_title(best)}): percentage points [95 %]"
+        print_table(title, COMPARISON_HEAD, comparison_rows(changes))
     if as_json is not None:
         asked: dict[str, object] = {"split": what.split, "problems": len(problems), "samples": what.samples}
-        asked |= {"targets_problems": what.targets_problems, "seed": settings.run.seed}
+        asked |= {"targets_problems": what.targets_problems, "seed": what.seed}
         as_json.write_text(json.dumps({**asked, "metrics": numbers}, indent=1) + "\n")
     if out is not None:
-        write_trees(out, trees)
+        out.mkdir(exist_ok=True)
+        for mode, found_trees in trees.items():
+            write_trees(out / f"{mode}.jsonl", found_trees)
     say_next(f'apr-ray trace {short(policy)} --problem "3 5 7 -> 22"')
 
 

@@ -216,6 +216,8 @@ class EvalConfig(Section):
     """Sampling temperatures of a full evaluation; 0 is greedy."""
     split: Literal["heldout", "validation", "heldout_targets"] = "heldout"
     """Problems of a full evaluation: the test set, the validation set, or those whose targets are never trained on."""
+    seed: Count = 0
+    """Draws the problems. Runs with other `run.seed`s are evaluated on the same ones, so that they can be compared."""
     targets_problems: Count = 0
     """Problems with held-out targets that a full evaluation decodes greedily besides."""
     during_training_problems: Positive = 100

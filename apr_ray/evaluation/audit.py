@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,26 +18,25 @@ from typing import Any
 
 import torch
 
-from apr_ray.core.engine import FinishReason
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import Call, Outcome, ThreadTree
-from apr_ray.core.weights import WeightVersion
+from apr_ray.core.ledger import Call, ThreadTree
+from apr_ray.evaluation.audit_ledger import (
+    Finding,
+    advantages,
+    carries_loss,
+    check_ledger,
+    check_prices,
+    check_versions,
+    chosen,
+    counted,
+    is_skipped,
+    used_groups,
+)
 from apr_ray.evaluation.kept_batch import KeptBatch
 from apr_ray.model.llama import load_policy
 
 NOISE = 1e-8
 """Where nothing is left to learn, loss and gradient are rounding alone."""
-CUT = {FinishReason.ABORTED: "aborted", FinishReason.ERROR: "error"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check: what the audit found, what was claimed or allowed, and whether they agree."""
-
-    check: str
-    found: str
-    claimed: str
-    agrees: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ def audit_batch(kept: KeptBatch, tolerance: float = 1e-3) -> AuditReport:
     """
     step = kept.step
     policy: Any = load_policy(kept.policy)
-    findings = [*check_ledger(kept, policy.config.vocab_size), *check_versions(kept)]
+    findings = [*check_ledger(kept, policy.config.vocab_size), *check_prices(kept), *check_versions(kept)]
     if not findings[0].agrees:  # nothing can be computed from such calls
         return AuditReport(tuple(findings))
     reference = _load_reference(step.reference) if step.kl_coefficient else None
@@ -129,122 +127,6 @@ def _load_reference(checkpoint: str) -> Any:
     return load_policy(checkpoint)
 
 
-# --- the ledger -------------------------------------------------------------------------------------------------------
-
-
-def carries_loss(call: Call) -> list[int]:
-    """Positions among the sampled ids that are trained: all where the policy chose, and none of a call that was cut."""
-    return [] if call.finish in CUT else list(chosen(call))
-
-
-def chosen(call: Call) -> dict[int, tuple[int, float]]:
-    """What the policy chose at each position, with its logprob then: where a token was replaced, the one it sampled."""
-    pairs = enumerate(zip(call.sampled_ids, call.logprobs, strict=False))  # unequal lengths are a fault of their own
-    kept = {i: pair for i, pair in pairs if i not in call.forced}
-    taken_back = {r.position: (r.token_id, r.logprob) for r in call.replaced}
-    return dict(sorted((kept | taken_back).items()))
-
-
-def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
-    """Token by token: what was sampled, what became of it, and that contexts are what joins made them."""
-    counts: Counter[str] = Counter()
-    sampled = faults = 0
-    contexts = good = 0
-    skipped = {
-        id(tree)
-        for trees in used_groups(kept)
-        for tree, advantage in zip(trees, advantages(kept, trees), strict=True)
-        if _is_skipped(kept, advantage)
-    }
-    fresh = {id(tree) for trees in fresh_groups(kept) for tree in trees}
-    for tree in kept.trees:
-        by_place = {(call.path, call.segment): call for call in tree.calls}
-        for call in tree.calls:
-            drawn = len(chosen(call))
-            sampled += drawn
-            if id(tree) not in fresh:
-                counts["stale"] += drawn
-            else:
-                fate = "zero_advantage" if id(tree) in skipped else "trained"
-                if tree.outcome is Outcome.ENGINE_ERROR:
-                    fate = "error"
-                counts[CUT.get(call.finish, fate)] += drawn
-            faults += not _is_whole(call, vocabulary)
-        for join in tree.joins:
-            before, after = (by_place.get((join.path, join.segment + i)) for i in (0, 1))
-            if before is not None and after is not None:
-                contexts += 1
-                expected = (*before.prompt_ids, *before.sampled_ids[: join.kept_tokens], *join.joined_ids)
-                good += after.prompt_ids == expected
-    claimed = Counter({name: n for name, n in kept.step.dispositions.items() if n})
-    found = Counter({name: n for name, n in counts.items() if n})
-
-    def text(counter: Counter[str]) -> str:
-        return ", ".join(f"{name} {n}" for name, n in sorted(counter.items()))
-
-    return [
-        Finding("calls with faults in the ledger", str(faults), "0", faults == 0),
-        Finding("contexts after joins", f"{good} of {contexts}", "all", good == contexts),
-        Finding("dispositions", text(found), text(claimed), found == claimed),
-        Finding("… add up to", str(sum(claimed.values())), f"{sampled} sampled", sum(claimed.values()) == sampled),
-    ]
-
-
-def _is_whole(call: Call, vocabulary: int) -> bool:
-    """Whether a call's parts fit together: one logprob and one version per id, one replaced token per forced one."""
-    ends = [0, *(span.end for span in call.versions)]
-    return (
-        ends[-1] == len(call.sampled_ids) == len(call.logprobs)
-        and ends[:-1] == [span.start for span in call.versions]
-        and {r.position for r in call.replaced} == set(call.forced) <= set(range(len(call.sampled_ids)))
-        and len(call.prompt_ids) > 0
-        and all(0 <= i < vocabulary for i in (*call.prompt_ids, *call.sampled_ids))
-    )
-
-
-def advantages(kept: KeptBatch, trees: Sequence[ThreadTree]) -> list[float]:
-    """Of the trees of one group: z-scores of their rewards (paper section 3.3), or the rewards themselves."""
-    rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
-    if kept.step.advantage == "success" or not rewards:
-        return rewards
-    mean, deviation = statistics.fmean(rewards), statistics.pstdev(rewards)
-    return [(reward - mean) / deviation if deviation else 0.0 for reward in rewards]
-
-
-def _is_skipped(kept: KeptBatch, advantage: float) -> bool:
-    """Without a KL term a tree without advantage has no gradient and is left out."""
-    return not kept.step.kl_coefficient and advantage == 0.0
-
-
-def fresh_groups(kept: KeptBatch) -> list[tuple[ThreadTree, ...]]:
-    """The groups none of whose tokens is older than allowed (contract 9)."""
-    size = kept.step.group_size
-    groups = [kept.trees[i : i + size] for i in range(0, len(kept.trees), size)]
-    return [g for g in groups if all(_is_fresh(kept, span.version) for t in g for c in t.calls for span in c.versions)]
-
-
-def used_groups(kept: KeptBatch) -> list[list[ThreadTree]]:
-    """The fresh groups without the trees whose engine failed: of those nothing is known."""
-    return [[tree for tree in trees if tree.outcome is not Outcome.ENGINE_ERROR] for trees in fresh_groups(kept)]
-
-
-def _is_fresh(kept: KeptBatch, version: WeightVersion) -> bool:
-    now = kept.version
-    return version.incarnation == now.incarnation and now.counter - version.counter <= kept.step.max_staleness
-
-
-def check_versions(kept: KeptBatch) -> list[Finding]:
-    """How many tokens each version drew. Stale ones are no fault (they are left out); ones from the future are."""
-    tokens: Counter[WeightVersion] = Counter()
-    for tree in kept.trees:
-        for call in tree.calls:
-            for span in call.versions:
-                tokens[span.version] += span.end - span.start
-    text = ", ".join(f"{version}: {n}" for version, n in sorted(tokens.items()))
-    past = all(version <= kept.version for version in tokens)
-    return [Finding("tokens by weight version", text, f"the learner held {kept.step.version}", past)]
-
-
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +163,9 @@ def recompute(kept: KeptBatch, policy: Any, reference: Any) -> _Sums:
 def parts_of_trees(kept: KeptBatch, groups: Sequence[Sequence[ThreadTree]]) -> list[list[_Part]]:
     """Every call of the groups, by tree."""
     out = []
-    count = sum(map(len, groups))
-    tokens_in_all = sum(len(carries_loss(call)) for trees in groups for tree in trees for call in tree.calls)
+    counted_trees = [tree for trees in groups for tree in trees if counted(kept, tree)]
+    count = len(counted_trees)
+    tokens_in_all = sum(len(carries_loss(call)) for tree in counted_trees for call in tree.calls)
     for trees in groups:
         for tree, advantage in zip(trees, advantages(kept, trees), strict=True):
             places = [carries_loss(call) for call in tree.calls]
@@ -294,7 +177,7 @@ def parts_of_trees(kept: KeptBatch, groups: Sequence[Sequence[ThreadTree]]) -> l
                     "tree": tokens * count,
                     "token": tokens_in_all,
                 }
-                used = [] if _is_skipped(kept, advantage) else positions
+                used = [] if is_skipped(kept, tree, advantage) else positions
                 ones = [1.0] * len(used)
                 parts.append(_Part(call, advantage, used, mean_over[kept.step.loss_mean], ones))
             out.append(parts)

@@ -64,12 +64,12 @@ class EvalPart:
     samples: int
 
 
-def eval_parts(settings: EvalConfig, task: Task, seed: int) -> list[EvalPart]:
+def eval_parts(settings: EvalConfig, task: Task) -> list[EvalPart]:
     """A full evaluation: every temperature on the configured split, and problems with held-out targets greedily."""
-    problems = task.problems(settings.split, settings.problems, seed)
+    problems = task.problems(settings.split, settings.problems, settings.seed)
     parts = [EvalPart(mode_name(t), t, problems, 1 if t == 0 else settings.samples) for t in settings.temperatures]
     if settings.targets_problems:
-        targets = task.problems("heldout_targets", settings.targets_problems, seed)
+        targets = task.problems("heldout_targets", settings.targets_problems, settings.seed)
         parts.append(EvalPart(targets_mode(0.0), 0.0, targets, 1))
     return parts
 

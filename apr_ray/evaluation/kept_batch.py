@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from apr_ray.core.errors import AprError
@@ -20,11 +20,13 @@ from apr_ray.core.trees_io import read_trees, write_trees
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import replace_directory
 
-FORMAT_VERSION = 4
-READABLE = (1, 2, 3, 4)
-"""Format 1 knew no options of the loss: the defaults of `KeptStep` and `Reported` are what it did. Formats 1 and 2 knew
-no slope. Up to format 3 replaced tokens carried no loss: a batch that holds one is refused."""
+FORMAT_VERSION = 5
+READABLE = (1, 2, 3, 4, 5)
+"""Format 1 had no options of the loss: the defaults of `KeptStep` and `Reported` are what it did. Formats 1 and 2 had
+no slope. Up to format 3 replaced tokens carried no loss: a batch that holds one is refused. Up to format 4 rewards had
+no prices, and `success` counted the trees that were not solved: such a batch is refused."""
 LAST_WITHOUT_REPLACED = 3
+LAST_WITHOUT_PRICES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class KeptStep:
         reference: the checkpoint that the KL term pulls towards; "" without a KL term.
         dispositions: sampled tokens by what became of them.
         reported: None where no tree had anything to learn from.
+        prices: of each ending, by its name; empty where a coin drew the rewards, and up to format 4.
     """
 
     step: int
@@ -71,6 +74,7 @@ class KeptStep:
     correction_level: str = "token"
     correction_cap: float = 2.0
     correction_from: float = 0.0
+    prices: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,11 @@ def read_batch(folder: Path) -> KeptBatch:
         if found <= LAST_WITHOUT_REPLACED and data["dispositions"].pop("replaced", 0):
             raise AprError(
                 f"{folder}/step.json has format {found}: its replaced tokens carried no loss",
+                "Audit it with the apr-ray version that wrote it",
+            )
+        if found <= LAST_WITHOUT_PRICES and data.get("advantage") == "success":
+            raise AprError(
+                f"{folder}/step.json has format {found}: its unsolved trees were in the denominators",
                 "Audit it with the apr-ray version that wrote it",
             )
         reported = data.pop("reported")

@@ -11,7 +11,9 @@ from pathlib import Path
 from apr_ray.config import load_config
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.trees_io import read_trees
+from apr_ray.evaluation.comparison import compare, read_evaluation
 from apr_ray.evaluation.lanes import lanes_of, render_lanes
+from apr_ray.metrics.intervals import Interval
 from apr_ray.metrics.names import mode_title
 from apr_ray.metrics.rows import read_rows
 
@@ -45,9 +47,29 @@ def summarise(grpo: Path) -> tuple[Summary, ...]:
     return tuple(at(step) for step in (*steps[:1], *steps[1:][-1:]))
 
 
-def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """Rows of the final table: mode, policy, accuracy with interval, false claims, children, total and sequential
-    tokens."""
+TABLE_HEAD = (
+    "mode",
+    "policy",
+    "accuracy [95 %]",
+    "over the yardstick [95 %]",
+    "false claims",
+    "children",
+    "total tokens",
+    "sequential tokens",
+)
+
+
+def yardstick(grpo: Path, summaries: Sequence[Summary]) -> tuple[str, Mapping[str, Interval]]:
+    """The best mode before, and by mode how far the policy after is over it; nothing without an evaluation before."""
+    if len(summaries) < 2:
+        return "", {}
+    before, after = (read_evaluation(grpo, summary.step) for summary in (summaries[0], summaries[-1]))
+    best, changes = compare(before, after)
+    return best, {change.mode: change.over_yardstick for change in changes}
+
+
+def table_rows(summaries: Sequence[Summary], gains: Mapping[str, Interval]) -> list[tuple[str, ...]]:
+    """Rows of the final table, under `TABLE_HEAD`."""
     rows: list[tuple[str, ...]] = []
     for mode in sorted({mode for summary in summaries for mode in summary.modes}):
         for summary in summaries:
@@ -61,6 +83,7 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
                         mode_title(mode),
                         summary.label,
                         interval,
+                        str(gains.get(mode, "")) if summary is summaries[-1] else "",
                         f"{m['false_claims']:.1f} %",
                         f"{m['children']:.2f}",
                         f"{m['total_tokens']:.0f}",
@@ -88,17 +111,31 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     page = run / "report.html"
     config = load_config([grpo / "config.yaml"])
     asked = f"{config.evaluation.problems} held-out problems, seed {config.run.seed}"
+    asked += f", sampled at temperature {config.grpo.temperature:g} in training"
     about = f"{run.name}, {time.strftime('%Y-%m-%d')}: {asked}"
-    page.write_text(_page(about, summaries, tree, read_rows(grpo)), encoding="utf-8")
+    _plot_claims(run / "claims.png", read_rows(grpo), config.grpo.reward.claim_threshold)
+    best, gains = yardstick(grpo, summaries)
+    table = table_rows(summaries, gains)
+    page.write_text(_page(about, table, best, summaries, tree, read_rows(grpo)), encoding="utf-8")
     return page
 
 
 def _page(
-    about: str, summaries: Sequence[Summary], tree: ThreadTree | None, rows: Sequence[Mapping[str, float]]
+    about: str,
+    table: Sequence[Sequence[str]],
+    best: str,
+    summaries: Sequence[Summary],
+    tree: ThreadTree | None,
+    rows: Sequence[Mapping[str, float]],
 ) -> str:
-    head = ("mode", "policy", "accuracy [95 %]", "false claims", "children", "total tokens", "sequential tokens")
-    cells = "".join(f"<th>{h}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(summaries))
+    cells = "".join(f"<th>{h}</th>" for h in TABLE_HEAD)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table)
+    measured = ""
+    if best:
+        measured = (
+            f"<p>The yardstick is the policy before at its best temperature ({mode_title(best)}), problem by problem;"
+            " on held-out targets it is the same mode before.</p>"
+        )
     failures = ""
     for summary in summaries:
         for mode, found in summary.modes.items():
@@ -134,8 +171,9 @@ def _page(
         ".wide{overflow-x:auto}img{display:block;max-width:100%;margin:1.5rem 0}"
         "pre{overflow:auto;background:#f6f6f6;padding:1rem;font-size:12px}</style>"
         f"<h1>Adaptive parallel reasoning: before and after GRPO</h1><p>{html.escape(about)}</p>"
-        f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
+        f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>{measured}'
         f'<img src="accuracy.png" alt="accuracy"><img src="curves.png" alt="training curves">'
+        f'<img src="claims.png" alt="how the policy claims, and its entropy">'
         f"<h2>Failures, of all trees</h2><ul>{failures}</ul>{phases}{drawn}</html>"
     )
 
@@ -184,6 +222,8 @@ def _plot_curves(path: Path, sft: Sequence[Mapping[str, float]], grpo: Sequence[
     rows = [r for r in grpo if "rollout/reward" in r]
     steps = [r["step"] for r in rows]
     reward.plot(steps, [r["rollout/reward"] for r in rows], color="#2563eb", label="reward")
+    solved = [r for r in rows if "rollout/accuracy" in r]
+    reward.plot([r["step"] for r in solved], [r["rollout/accuracy"] for r in solved], color="#7c3aed", label="solved")
     reward.plot(steps, [r["rollout/zero_variance_groups"] for r in rows], color="#9aa5b1", label="zero-variance groups")
     decided = [r for r in rows if "rollout/p_spawn" in r]
     reward.plot(
@@ -192,10 +232,42 @@ def _plot_curves(path: Path, sft: Sequence[Mapping[str, float]], grpo: Sequence[
         color="#16a34a",
         label="spawns at the first decision",
     )
-    reward.set(xlabel="GRPO step", ylabel="mean over trees, temperature 1", ylim=(0, 1))
+    reward.set(xlabel="GRPO step", ylabel="mean over the sampled trees", ylim=(None, 1))
     reward.legend(frameon=False, fontsize=8)
     size.plot(steps, [r["rollout/children"] for r in rows], color="#2563eb")
     size.set(xlabel="GRPO step", ylabel="children per tree")
+    figure.savefig(path, dpi=120)
+
+
+def _plot_claims(path: Path, grpo: Sequence[Mapping[str, float]], threshold: float) -> None:
+    """The rule that the prices imply, and how the policy keeps it; how sure it is; how it ends."""
+    rows = [r for r in grpo if "rollout/accuracy" in r]
+    figure, (claims, endings, sure) = _figure(3, 11.0, 3.0)
+    claimed = [r for r in rows if r["rollout/accuracy"] + r["rollout/false_claims"] > 0]
+    right = [100 * r["rollout/accuracy"] / (r["rollout/accuracy"] + r["rollout/false_claims"] / 100) for r in claimed]
+    claims.plot([r["step"] for r in claimed], right, color="#2563eb", label="claims that are right")
+    claims.axhline(100 * threshold, color="#9aa5b1", ls="--", label="a claim pays above")
+    claims.set(xlabel="GRPO step", ylabel="% of claims", ylim=(0, 100))
+    claims.legend(frameon=False, fontsize=8)
+
+    steps = [r["step"] for r in rows]
+    for name, key, colour in (
+        ("no answer", "rollout/failure/no_answer", "#9aa5b1"),
+        ("false claim", "rollout/false_claims", "#dc2626"),
+        ("cut off", "rollout/truncated", "#f59e0b"),
+        ("invalid spawn", "rollout/failure/invalid_spawn", "#7c3aed"),
+    ):
+        endings.plot(steps, [r.get(key, 0.0) for r in rows], color=colour, label=name)
+    endings.set(xlabel="GRPO step", ylabel="% of trees", ylim=(0, None))
+    endings.legend(frameon=False, fontsize=8)
+
+    trained = [r for r in rows if "train/entropy" in r]
+    steps = [r["step"] for r in trained]
+    sure.plot(steps, [r["train/entropy"] for r in trained], color="#2563eb")
+    sure.set(xlabel="GRPO step", ylabel="entropy, nats")
+    scale = sure.twinx()
+    scale.plot(steps, [r["train/logit_scale"] for r in trained], color="#f59e0b")
+    scale.set_ylabel("logits' scale (amber)")
     figure.savefig(path, dpi=120)
 
 

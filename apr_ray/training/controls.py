@@ -1,22 +1,22 @@
-"""Is it GRPO over threads that helps? The same policy, trained on in several ways for the same time each.
+"""Is it GRPO over threads that helps? The same policy, trained on in several ways with as many tokens each.
 
-    policy ─▶ for each seed: grpo · continued-sft · rejection · random-reward · frozen-engine ─▶ evaluations ─▶ table
+    policy ─▶ for each seed: grpo · continued-sft · rejection · final-norm · random-reward · frozen-engine ─▶ table
 
-An arm is the configuration with the preset `control-ARM` on top. Arms of a seed are judged on the same problems.
+An arm is the configuration with the preset `control-ARM` on top. Every arm samples as many tokens, or is shown as many
+demonstrated ones, and all arms of all seeds are judged on one set of problems (`evaluation.seed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from apr_ray.config import Config, load_config
 from apr_ray.core.errors import AprError, MismatchError
-from apr_ray.core.trees_io import read_trees
 from apr_ray.data.demonstrations import require_demonstrations
+from apr_ray.evaluation.comparison import best_mode, paired, read_evaluation, solved_shares
+from apr_ray.metrics.intervals import Interval, t_interval
 from apr_ray.metrics.names import mode_name
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
@@ -28,38 +28,47 @@ from apr_ray.training.sft import train_sft
 from apr_ray.training.watch import Watch
 
 GRPO, CONTINUED, FROZEN = "grpo", "continued-sft", "frozen-engine"
-CONTROLS = (GRPO, CONTINUED, "rejection", "random-reward", FROZEN)
+CONTROLS = (GRPO, CONTINUED, "rejection", "final-norm", "random-reward", FROZEN)
 ARMS = (*CONTROLS, "overlap")
 """The last is no control: GRPO with rollouts one step ahead, which does as well per step at best, and may be faster."""
-DRAWS = 4000
-"""Of the bootstrap."""
+STEPS = 1000
+"""Of GRPO at most: its problems are drawn beforehand, and its tokens end it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Difference:
+    """Of two accuracies, asked in two ways that are never put into one number.
+
+    Attributes:
+        seeds: of the recipe: t over one mean per seed.
+        problems: of these policies: t over problems, each the mean of its seeds, with the policies fixed.
+    """
+
+    seeds: Interval
+    problems: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
     """One arm at one temperature, over all seeds.
 
     Attributes:
-        before, after: accuracy, mean over seeds and problems.
-        low, high: 95 % interval of after - before, by a bootstrap over seeds and, within each, problems.
-        steps, seconds: taken with each seed; `by_amount` whether any ended for its steps, before its time.
-        lead: GRPO's accuracy less this arm's, on the same problems; `lead_low`, `lead_high` as above.
+        before: accuracy of the policy that all began with, at its best temperature: the yardstick.
+        after: accuracy of the arm in this mode, mean over seeds and problems.
+        gain: after less before.
+        lead: GRPO's accuracy in the same mode less this arm's.
+        tokens, seconds: of training, with each seed.
         stopped: why its runs stopped early, where they did.
     """
 
     arm: str
     mode: str
-    seeds: int
     before: float
     after: float
-    low: float
-    high: float
-    lead: float
-    lead_low: float
-    lead_high: float
-    steps: tuple[int, ...]
+    gain: Difference
+    lead: Difference
+    tokens: tuple[int, ...]
     seconds: tuple[float, ...]
-    by_amount: bool
     stopped: str = ""
 
 
@@ -69,12 +78,12 @@ def run_controls(
     policy: Path,
     data: Path,
     *,
-    minutes: float,
+    tokens: int,
     seeds: int,
     arms: Sequence[str] = CONTROLS,
     bars: ProgressBars,
-) -> list[Outcome]:
-    """Train the arms with every seed, `minutes` each, and compare; what is complete is not run again.
+) -> list[ArmResult]:
+    """Train the arms with every seed on `tokens` each, and compare; what is complete is not run again.
 
     Args:
         files: configuration files; presets of the arms come on top.
@@ -91,12 +100,14 @@ def run_controls(
     common = [
         *overrides,
         f"init_from={policy.resolve()}",
-        f"grpo.max_minutes={minutes}",
-        f"sft.max_minutes={minutes}",
+        f"grpo.tokens={tokens}",
+        f"sft.tokens={tokens}",
         "grpo.eval_every=1000000",  # only training counts
         "sft.eval_every=1000000",
         "sft.save_every=1000000",
-        f"sft.tokens={10**15}",  # the clock alone ends it
+        "sft.max_minutes=null",
+        "grpo.max_minutes=null",
+        f"grpo.steps={STEPS}",  # tokens alone end it
         "grpo.keep_batches='off'",
     ]
     require_demonstrations(data)  # what is missing is said before the first arm is trained
@@ -109,7 +120,7 @@ def run_controls(
             own = [f"run.seed={seed}", f"run.name={name}/{arm}-{seed}", f"grpo.initial_evaluation={arm == GRPO}"]
             _train(arm, load_config([*files, *preset], [*common, *own]), root / f"{arm}-{seed}", policy, data, bars)
     modes = [mode_name(t) for t in base.evaluation.temperatures]
-    return [_outcome(root, arm, mode, seeds) for arm in arms for mode in modes]
+    return [result for arm in arms for result in _results(root, arm, modes, seeds)]
 
 
 def _train(arm: str, config: Config, path: Path, policy: Path, data: Path, bars: ProgressBars) -> None:
@@ -144,76 +155,67 @@ def _judge(run: RunDir, policy: Path, bars: ProgressBars) -> None:
         reward.stop()
 
 
-def _outcome(root: Path, arm: str, mode: str, seeds: int) -> Outcome:
-    before, after, grpo, steps, seconds, stopped = [], [], [], [], [], ""
-    by_amount = False
-    for seed in range(seeds):
-        first = _rewards(root / f"{GRPO}-{seed}", mode, 0)  # all arms begin with the same policy
-        stopped = (root / f"{arm}-{seed}" / "done").read_text()
-        before.append(first)
-        after.append(first if stopped else _rewards(root / f"{arm}-{seed}", mode, -1))
-        grpo.append(_rewards(root / f"{GRPO}-{seed}", mode, -1))
-        run = RunDir.resume(root / f"{arm}-{seed}")
-        found = run.latest()
-        steps.append(found[1].step if found else 0)
-        seconds.append(found[1].elapsed_s if found else 0.0)
-        by_amount |= arm != CONTINUED and steps[-1] >= run.config.grpo.steps
-    gain, lead = (_with_interval(a, b) for a, b in ((after, before), (grpo, after)))
-    means = _mean(before), _mean(after)
-    return Outcome(arm, mode, seeds, *means, *gain[1:], *lead, tuple(steps), tuple(seconds), by_amount, stopped)
+def _results(root: Path, arm: str, modes: Sequence[str], seeds: int) -> list[ArmResult]:
+    """An arm in every mode. One that was stopped is left with the policy that it began with."""
+    runs = [root / f"{arm}-{seed}" for seed in range(seeds)]
+    leaders = [root / f"{GRPO}-{seed}" for seed in range(seeds)]
+    stopped = (runs[0] / "done").read_text()
+    first = [read_evaluation(run, 0) for run in leaders]
+    last = first if stopped else [read_evaluation(run) for run in runs]
+    leading = [read_evaluation(run) for run in leaders]
+
+    best = best_mode({mode: [t for one in first for t in one[mode]] for mode in modes})
+    yardstick = [solved_shares(one[best]) for one in first]
+    states = [LoopState() if found is None else found[1] for found in (RunDir.resume(run).latest() for run in runs)]
+    tokens = tuple(state.tokens if arm == CONTINUED else state.sampled_tokens for state in states)
+    seconds = tuple(state.elapsed_s for state in states)
+
+    results = []
+    for mode in modes:
+        now, leader = ([solved_shares(one[mode]) for one in of] for of in (last, leading))
+        results.append(
+            ArmResult(
+                arm, mode, _mean(yardstick), _mean(now), difference(yardstick, now), difference(now, leader),
+                tokens, seconds, stopped,
+            )
+        )  # fmt: skip
+    return results
 
 
-def _with_interval(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[float, float, float]:
-    """The mean of a - b over seeds and problems, and its interval."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    return _mean(differences), *two_level_interval(differences)
+def difference(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> Difference:
+    """After less before, by seed the shares solved of each problem. Raises AprError where problems differ."""
+    by_seed = [paired(a, b) for a, b in zip(before, after, strict=True)]
+    merged = ({key: _mean_of([one[key] for one in of]) for key in of[0]} for of in (before, after))
+    return Difference(t_interval([one.mean for one in by_seed]), paired(*merged))
 
 
-def _rewards(run: Path, mode: str, which: int) -> np.ndarray:
-    """One mean reward per problem, from an evaluation's trees: the first (0) or the last (-1)."""
-    found = sorted(run.glob(f"eval/step-*-{mode}.jsonl"))
-    if not found:
-        raise AprError(f"{run} has no evaluation", "Remove the folder and run the controls again")
-    per_problem: dict[str, list[float]] = {}
-    for tree in read_trees(found[which]):
-        per_problem.setdefault(tree.problem_key, []).append(float(tree.solved))
-    return np.array([np.mean(per_problem[key]) for key in sorted(per_problem)])
+def _mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def _mean(groups: Sequence[np.ndarray]) -> float:
-    return float(np.mean([group.mean() for group in groups]))
+def _mean(shares: Sequence[Mapping[str, float]]) -> float:
+    return _mean_of([_mean_of(list(one.values())) for one in shares])
 
 
-def two_level_interval(gains: Sequence[np.ndarray], draws: int = DRAWS) -> tuple[float, float]:
-    """95 % interval of the mean gain, where both seeds and problems are samples of what could have been.
-
-    Of few seeds it is too narrow where they differ more than their problems do: simulated with three that alone vary,
-    it covers 75 %.
-
-    Args:
-        gains: one array per seed, one number per problem.
-        draws: bootstrap draws: seeds with replacement, then in each its problems.
-    """
-    rng = np.random.default_rng(0)
-    means = np.empty((draws, len(gains)))
-    for i in range(draws):
-        for j, seed in enumerate(rng.integers(len(gains), size=len(gains))):
-            means[i, j] = rng.choice(gains[seed], len(gains[seed])).mean()
-    low, high = np.quantile(means.mean(1), [0.025, 0.975])
-    return float(low), float(high)
+TABLE_HEAD = (
+    "arm",
+    "mode",
+    "before at its best, %",
+    "after, %",
+    "gain [95 % over seeds]",
+    "gain [95 % over problems]",
+    "GRPO is ahead by [seeds]",
+    "[problems]",
+    "tokens in seconds",
+)
 
 
-def table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """(arm, mode, before, after, gain, how far GRPO is ahead, steps): per cent, gain and lead with their intervals."""
-
-    def interval(mean: float, low: float, high: float) -> str:
-        return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
+def table_rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
+    """For a table under `TABLE_HEAD`, in per cent and percentage points."""
     rows: list[tuple[str, ...]] = []
-    for o in outcomes:
-        gain = o.stopped or interval(o.after - o.before, o.low, o.high)
-        lead = "" if o.stopped or o.arm == GRPO else interval(o.lead, o.lead_low, o.lead_high)
-        steps = ", ".join(f"{n} in {s:.0f} s" for n, s in zip(o.steps, o.seconds, strict=True))
-        steps += " (grpo.steps, not the clock)" if o.by_amount else ""
-        rows.append((o.arm, o.mode, f"{100 * o.before:.1f}", f"{100 * o.after:.1f}", gain, lead, steps))
+    for r in results:
+        gain = (r.stopped, "") if r.stopped else (str(r.gain.seeds), str(r.gain.problems))
+        lead = ("", "") if r.stopped or r.arm == GRPO else (str(r.lead.seeds), str(r.lead.problems))
+        cost = ", ".join(f"{n:,} in {s:.0f}" for n, s in zip(r.tokens, r.seconds, strict=True))
+        rows.append((r.arm, r.mode, f"{100 * r.before:.1f}", f"{100 * r.after:.1f}", *gain, *lead, cost))
     return rows

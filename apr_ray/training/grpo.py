@@ -18,7 +18,7 @@ from pathlib import Path
 
 from apr_ray.config import Config, GrpoConfig
 from apr_ray.core.errors import ConfigError, MismatchError
-from apr_ray.core.ledger import Group, ThreadTree
+from apr_ray.core.ledger import Ending, Group, ThreadTree
 from apr_ray.core.task import SpawnJoinProtocol
 from apr_ray.core.weights import FIRST_VERSION, WeightVersion
 from apr_ray.evaluation.decisions import sampled_p_spawn
@@ -272,6 +272,7 @@ def kept_step(
         correction_level=grpo.correction_level,
         correction_cap=grpo.correction_cap,
         correction_from=grpo.correction_from,
+        prices={} if grpo.reward.coin else {e.value: getattr(grpo.reward, e.value) for e in Ending},
     )
 
 

@@ -35,8 +35,8 @@ class Watch:
     @cached_property
     def validation(self) -> Sequence[Problem]:
         """The problems of quick evaluations."""
-        count = self.config.evaluation.during_training_problems
-        return load_task(self.config.task).problems(VALIDATION, count, self.config.run.seed)
+        settings = self.config.evaluation
+        return load_task(self.config.task).problems(VALIDATION, settings.during_training_problems, settings.seed)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """To the run folder and the tracker."""
@@ -52,7 +52,7 @@ class Watch:
         """
         folder = self.run.path / "eval"
         folder.mkdir(exist_ok=True)
-        for part in eval_parts(self.config.evaluation, load_task(self.config.task), self.config.run.seed):
+        for part in eval_parts(self.config.evaluation, load_task(self.config.task)):
             result = self._evaluate(pool, reward, part, state.step)
             self._record(result, state.step, part.mode)
             write_trees(folder / f"step-{state.step:06d}-{part.mode}.jsonl", result.trees)
