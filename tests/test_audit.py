@@ -19,7 +19,7 @@ from apr_ray.cli import app
 from apr_ray.config import BoundsConfig, TaskConfig
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import Group, Outcome, ThreadTree
+from apr_ray.core.ledger import SOLVED, Group, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.evaluation.audit import audit_batch
@@ -56,7 +56,10 @@ def trees(checkpoint: Path, task: CountdownTask) -> tuple[ThreadTree, ...]:
         )
 
     rewards = (0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
-    return tuple(replace(tree, reward=r) for tree, r in zip(asyncio.run(main()), rewards, strict=True))
+    return tuple(
+        replace(tree, reward=r, verdict=SOLVED if r else "wrong_value")
+        for tree, r in zip(asyncio.run(main()), rewards, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")

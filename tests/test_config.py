@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from apr_ray.config import Config, differences, load_config, parse_options, to_yaml
+from apr_ray.config import Config, RewardConfig, differences, load_config, parse_options, to_yaml
 from apr_ray.core.errors import ConfigError
 from apr_ray.tasks.countdown.task import CountdownOptions
 from apr_ray.tasks.registry import load_task
@@ -99,3 +99,31 @@ def test_the_papers_model_has_the_papers_size() -> None:
     norms = 2 * model.hidden_size
     total = model.layers * (attention + mlp + norms) + model.hidden_size
     assert round(total / 1e6) == 228
+
+
+@pytest.mark.parametrize(
+    ("prices", "said"),
+    [
+        (["false_claim=-0.2"], r"cut_off 0 is not below no_answer 0.*escape.*price it too"),
+        (["false_claim=-0.2", "cut_off=-0.2"], r"invalid_spawn 0 is not below no_answer"),
+        (["no_answer=1"], r"no_answer 1 is not below solved 1"),
+        (["cut_off=2"], r"cut_off 2 is not below solved 1"),
+    ],
+)
+def test_no_ending_is_an_unpriced_escape(prices: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(overrides=[f"grpo.reward.{price}" for price in prices])
+
+
+@pytest.mark.parametrize(("price", "threshold"), [(0.0, 0.0), (-0.2, 0.2 / 1.2), (-1.0, 0.5)])
+def test_prices_imply_when_a_claim_pays(price: float, threshold: float) -> None:
+    """P(right) > c / (1 + c), for a solution worth 1, no answer 0 and a false claim -c."""
+    endings = {"false_claim": price, "cut_off": price, "invalid_spawn": price}
+    assert RewardConfig(**endings).claim_threshold == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("preset", ["paper-apr", "paper-sosp"])
+def test_the_papers_objective_is_that_of_its_presets(preset: str) -> None:
+    grpo = load_config([PRESETS[0].with_name(f"{preset}.yaml")]).grpo
+    assert grpo.reward == RewardConfig()
+    assert (grpo.advantage, grpo.loss_mean, grpo.temperature) == ("group", "call", 1.0)

@@ -10,14 +10,14 @@ import pytest
 from apr_ray.config import Config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.controls import _train, run_controls, two_level_interval
+from apr_ray.training.controls import _train, difference, run_controls
 from apr_ray.training.run_dir import RunDir
 
 
 def test_an_unknown_arm_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     where = [f"run.root={tmp_path}"]
     with pytest.raises(AprError, match=r"no arm grp0.*Choose of grpo, continued-sft"):
-        run_controls([], where, tmp_path, tmp_path, minutes=1, seeds=1, arms=["grp0"], bars=ProgressBars())
+        run_controls([], where, tmp_path, tmp_path, tokens=1, seeds=1, arms=["grp0"], bars=ProgressBars())
     assert not list(tmp_path.iterdir())
 
 
@@ -36,11 +36,36 @@ def changed(config: Config, root: Path, minutes: float) -> Config:
     return config.model_copy(update={"grpo": grpo, "run": place})
 
 
-def test_a_gain_has_an_interval_over_seeds_and_problems() -> None:
+def test_seeds_and_problems_have_intervals_of_their_own() -> None:
+    """Simulated with seeds that differ by 3 points: t over three seeds covers the true gain in 95 % of the trials, and
+    the interval over problems, which takes the policies as they are, covers the gain of these policies."""
     rng = np.random.default_rng(1)
-    alike = [rng.choice([0.0, 1.0], 400) for _ in range(3)]
-    low, high = two_level_interval(alike)
-    mean = float(np.mean(alike))
-    assert mean - 0.06 < low < mean < high < mean + 0.06
-    apart = [np.full(400, value) for value in (0.0, 0.1, 0.2)]  # seeds differ, problems do not
-    assert two_level_interval(apart) == pytest.approx((0.0, 0.2), abs=0.04)
+    trials, problems = 400, 100
+    of_recipe = of_policies = 0
+    for _ in range(trials):
+        gains = 0.1 + rng.normal(0, 0.03, 3)
+        rates = rng.uniform(0.2, 0.7, problems)
+        before = [shares(rng.random(problems) < rates) for _ in gains]
+        after = [shares(rng.random(problems) < rates + gain) for gain in gains]
+        found = difference(before, after)
+        assert found.seeds.mean == pytest.approx(found.problems.mean)
+        of_recipe += found.seeds.low <= 0.1 <= found.seeds.high
+        of_policies += found.problems.low <= gains.mean() <= found.problems.high
+    assert 0.92 < of_recipe / trials < 0.98
+    assert 0.92 < of_policies / trials < 0.98
+
+
+def shares(solved: np.ndarray) -> dict[str, float]:
+    return {f"p{i}": float(value) for i, value in enumerate(solved)}
+
+
+def test_one_seed_has_no_interval_over_seeds() -> None:
+    found = difference([{"a": 0.0, "b": 1.0}], [{"a": 1.0, "b": 1.0}])
+    assert str(found.seeds) == "+50.0"
+    assert found.problems.count == 2
+    assert found.problems.low < 0.5 < found.problems.high
+
+
+def test_other_problems_are_not_compared() -> None:
+    with pytest.raises(AprError, match=r"of 1 and 2 problems share 1.*evaluation\.seed"):
+        difference([{"a": 0.0}], [{"a": 1.0, "b": 1.0}])

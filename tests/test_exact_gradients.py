@@ -24,7 +24,7 @@ import torch
 
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.engine import FinishReason, VersionSpan
-from apr_ray.core.ledger import Call, Group, Outcome, Replaced, Spawn, ThreadTree
+from apr_ray.core.ledger import SOLVED, Call, Group, Outcome, Replaced, Spawn, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.rl.advantages import Z_SCORE_EPS, AdvantageKind
 from apr_ray.rl.batches import LossMean, SftRow, grpo_batch, sft_batch
@@ -184,7 +184,8 @@ def ledger(tree: Toy, behaviour: Array) -> ThreadTree:
         calls = (replace(first, forced=(0,), replaced=(taken,), logprobs=(0.0, *first.logprobs[1:])), *calls[1:])
     spawned = tuple((i,) for i in range(children))
     spawns = (Spawn((), 0, spawned, ("",) * children),) if children > 0 else ()
-    return ThreadTree("p", 0, calls, spawns, (), "", Outcome.ANSWERED, reward=tree.reward)
+    verdict = SOLVED if tree.reward else "wrong_value"
+    return ThreadTree("p", 0, calls, spawns, (), "", Outcome.ANSWERED, reward=tree.reward, verdict=verdict)
 
 
 def padded(batch: TrainBatch, column: Any) -> torch.Tensor:
@@ -355,11 +356,34 @@ def test_length_normalisation_is_a_bias_and_its_size_is_that_of_the_formula() ->
     close(expected(BANDIT, 2, POLICY, POLICY), mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p)))
 
 
-def test_rewards_as_advantages_give_the_mean_of_reward_times_weighted_score() -> None:
-    """Rejection sampling: nothing is compared, so the mean of the score is not taken off."""
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_leaving_one_out_gives_the_gradient_of_the_mean_reward(size: int) -> None:
+    """For groups of any size, without a factor: the mean of the others is a baseline that does not know the tree."""
+    p = probabilities(POLICY)
+    gradient = mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p))
+    close(expected(BANDIT, size, POLICY, POLICY, advantage_kind="leave_one_out"), gradient)
+
+
+def test_rejection_sampling_is_the_mean_over_solved_trees_alone() -> None:
+    """Of a group of two: the mean over those that are solved, where one is. Nothing is compared."""
     found = expected(TREES, 2, POLICY, POLICY, advantage_kind="success")
     p = probabilities(POLICY)
-    close(found, mean_over(TREES, p, lambda tree: tree.reward * weighted(tree, p)))
+    rate = mean_over(TREES, p, lambda tree: tree.reward)
+    given_solved = mean_over(TREES, p, lambda tree: tree.reward * weighted(tree, p)) / rate
+    close(found, (1 - (1 - rate) ** 2) * given_solved)
+
+
+def test_rejection_sampling_weighs_every_token_of_solved_trees_alike() -> None:
+    """The control: supervised training on them. A tree's first call weighs the same whether it spawned or not, and
+    trees that are not solved change nothing."""
+    p = probabilities(POLICY)
+    solved = [tree for tree in TREES if tree.reward][:3]
+    failed = [tree for tree in TREES if not tree.reward][:4]
+    assert len({len(tree.calls) for tree in solved}) > 1
+    expected_gradient = sum(plain(tree, p) for tree in solved) / sum(map(tokens_of, solved))
+    for batch in ([solved], [solved + failed], [solved[:1] + failed, solved[1:]]):
+        found, _ = estimate(batch, POLICY, POLICY, advantage_kind="success", loss_mean="token", skip=True)
+        close(found, expected_gradient)
 
 
 def tokens_of(tree: Toy) -> int:

@@ -16,7 +16,7 @@ import pytest
 from apr_ray.config import Config, parse_config
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.errors import ConfigError
-from apr_ray.core.ledger import Call, Outcome, ThreadTree
+from apr_ray.core.ledger import SOLVED, Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import EvalResult
 from apr_ray.learner.steps import StepStats
@@ -38,7 +38,8 @@ def a_tree(problem_key: str, sample: int, version: WeightVersion, reward: float 
         (), 0, (7,), (1, 2), (-0.1, -0.2), (), (), FinishReason.STOP,
         (VersionSpan(version, 0, 2),), version, 0, 0, 0.0, 0.5, 1.0, "e",
     )  # fmt: skip
-    return ThreadTree(problem_key, sample, (call,), (), (), "", Outcome.ANSWERED, reward=reward)
+    verdict = "" if reward is None else SOLVED if reward else "wrong_value"
+    return ThreadTree(problem_key, sample, (call,), (), (), "", Outcome.ANSWERED, reward=reward, verdict=verdict)
 
 
 class Stub:
@@ -56,7 +57,7 @@ class Stub:
     def score(self, problems: Sequence[Any], trees: Sequence[ThreadTree]) -> list[ThreadTree]:
         """Of ten, as many are right as the present policy's accuracy says."""
         right = round(10 * self.accuracy[self.version.counter])
-        return [replace(tree, reward=float(i % 10 < right), verdict="wrong_value") for i, tree in enumerate(trees)]
+        return [replace(tree, verdict=SOLVED if i % 10 < right else "wrong_value") for i, tree in enumerate(trees)]
 
     def grpo_step(self, batch: Any, how: Any, rate: float) -> list[StepStats]:
         return [StepStats(loss=0.1, tokens=4, padded_tokens=4, grad_norm=1.0, learning_rate=rate)]
@@ -255,3 +256,18 @@ def test_a_problem_passes_with_one_solved_sample_of_several() -> None:
     several = EvalResult(1.0, 2, 3, 1 / 3, 0.0, 1.0, trees).metrics()
     assert several["eval/t1.0/pass_at_n"] == 0.5
     assert "eval/t1.0/pass_at_n" not in EvalResult(1.0, 2, 1, 0.0, 0.0, 1.0, (trees[0], trees[3])).metrics()
+
+
+def test_a_step_short_of_groups_with_variance_is_refilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its five groups one has variance, so four further problems are drawn, and three more after the next one."""
+    run, _ = trained(a_config(tmp_path, steps=1, refill_rounds=2), [0.5, 0.5], monkeypatch)
+    rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert [row["problem"] for row in rows] == [f"p{i // 2}" for i in range(10 + 8 + 6)]
+
+
+def test_tokens_end_a_run_at_the_end_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step samples 10 trees of 2 tokens: the third is the first that reaches 50."""
+    run, _ = trained(a_config(tmp_path, steps=100, tokens=50), [0.5] * 4, monkeypatch)
+    found = run.latest()
+    assert found is not None
+    assert (found[1].step, found[1].sampled_tokens) == (3, 60)

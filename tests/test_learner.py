@@ -576,12 +576,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_nothing(alone: A
         assert unchanged, f"ZeRO stage {zero}"
 
 
-LAST_NORM = PROPORTIONAL.model_copy(update={"learning_rate": 10.0, "final_norm_scale": 0.008})
+LAST_NORM = PROPORTIONAL.model_copy(update={"learning_rate": 0.08, "parameters": "final_norm"})
 """Two steps must be large beside the rounding of weights."""
 
 
 def steps_of_the_last_norm(rank: int, world: int, folder: Path) -> list[np.ndarray[Any, Any]]:
-    """A job: the weights after two steps with `final_norm_scale`, a load before the second, by ZeRO stage."""
+    """A job: the weights after two steps of `parameters: final_norm`, a load before the second, by ZeRO stage."""
     found = []
     for zero in range(4):
         learner = LearnerConfig(zero_stage=zero, zero3_whole_parameters=100)  # type: ignore[arg-type]
@@ -594,24 +594,22 @@ def steps_of_the_last_norm(rank: int, world: int, folder: Path) -> list[np.ndarr
     return found
 
 
-def test_the_last_norms_gains_have_a_rate_of_their_own(alone: Alone) -> None:
+def test_a_control_trains_the_last_norms_gains_alone(alone: Alone) -> None:
     policy: Any = fresh_policy()
     last = policy.model.norm.weight
-    groups = [
-        {"params": [p for p in policy.parameters() if p is not last], "eps": LAST_NORM.eps},
-        {"params": [last], "eps": 1e-8},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=LAST_NORM.weight_decay)
+    policy.requires_grad_(False)
+    last.requires_grad_(True)
+    optimizer = torch.optim.AdamW([last], betas=(0.9, 0.95), eps=LAST_NORM.eps, weight_decay=LAST_NORM.weight_decay)
     for batch, rate in zip(batches()[:2], (LAST_NORM.learning_rate, LAST_NORM.learning_rate / 2), strict=True):
-        for group, scale in zip(optimizer.param_groups, (1, 0.008), strict=True):
-            group["lr"] = rate * scale
+        optimizer.param_groups[0]["lr"] = rate
         for tokens, weights, *_ in plain_rows(batch):
             (-(weights * plain_logprobs(policy, tokens, 1.0)[0]).sum()).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), LAST_NORM.grad_clip)
+        torch.nn.utils.clip_grad_norm_([last], LAST_NORM.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
     expected, start = weights_of(policy), weights_of(fresh_policy()).flat
     for zero, found in enumerate(alone.last_norm):
+        assert np.count_nonzero(found != start) == last.numel(), f"ZeRO stage {zero}: other weights moved too"
         check_tensors(found - start, expected.flat - start, expected.specs, f"ZeRO stage {zero}, updates")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from by_heart import learn_by_heart
 
-from apr_ray.config import Config, PlacementConfig, to_yaml
+from apr_ray.config import Config, PlacementConfig, RewardConfig, to_yaml
 from apr_ray.core.errors import AprError, MismatchError, WeightsRejected
 from apr_ray.core.ledger import Disposition
 from apr_ray.core.trees_io import read_trees
@@ -308,13 +308,14 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
 def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, single_config: Config, tmp_path: Path) -> None:
     """Coin rewards are half ones, whatever was solved; engines that do not follow stop the run at the first sync."""
     policy = finished.path / "sft" / "final"
-    coin = single_config.grpo.model_copy(update={"reward": "random", "advantage": "success", "steps": 1})
+    coin = single_config.grpo.model_copy(update={"reward": RewardConfig(coin=True), "steps": 1})
     run = RunDir.create(with_run(single_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
     train_grpo(run.config, run, policy, QUIET)
     (row,) = [r for r in run.metrics() if "rollout/reward" in r]
     assert row["rollout/reward"] > 0
     weights = single_config.weights.model_copy(update={"transport": "none"})
-    changing = single_config.grpo.model_copy(update={"reward": "random"})  # else there may be nothing to learn from
+    # Coin rewards: else there may be nothing to learn from.
+    changing = single_config.grpo.model_copy(update={"reward": RewardConfig(coin=True)})
     frozen = with_run(single_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
     with pytest.raises(MismatchError, match=r"after sync 0\.1 engines and learners differ"):
         train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)
@@ -328,21 +329,28 @@ def test_all_arms_are_trained_and_compared(finished: RunDir, single_config: Conf
     file.write_text(to_yaml(single_config))
     policy = finished.path / "sft" / "final"
     # Coin rewards for all: else there may be nothing to learn from, and frozen engines would be the learners' policy.
-    overrides = [f"run.root={tmp_path}", "run.name=arms", "tracking.tracker=none", "grpo.reward=random", "grpo.steps=1"]
-    outcomes = run_controls([file], overrides, policy, finished.path / "data", minutes=0.05, seeds=1, bars=QUIET)
+    overrides = [
+        f"run.root={tmp_path}",
+        "run.name=arms",
+        "tracking.tracker=none",
+        "evaluation.temperatures=[0,1]",
+        "grpo.reward.coin=true",
+    ]
+    outcomes = run_controls([file], overrides, policy, finished.path / "data", tokens=2000, seeds=1, bars=QUIET)
     assert [(o.arm, o.mode) for o in outcomes] == [(arm, mode) for arm in CONTROLS for mode in ("greedy", "t1.0")]
     for outcome in outcomes:
         assert ("after sync 0.1 engines and learners differ" in outcome.stopped) == (outcome.arm == "frozen-engine")
         assert 0 <= outcome.before <= 1
-        assert outcome.low <= outcome.high
-        assert outcome.lead_low <= outcome.lead <= outcome.lead_high
+        assert outcome.gain.seeds.mean == pytest.approx(outcome.after - outcome.before)
+        assert outcome.gain.problems.low <= outcome.gain.problems.mean <= outcome.gain.problems.high
+        assert outcome.stopped or outcome.tokens[0] >= 2000
         if outcome.arm == "grpo":
-            assert outcome.lead == 0
+            assert outcome.lead.problems.mean == 0
     trained = RunDir.resume(tmp_path / "arms" / "continued-sft-0")
     assert any("sft/loss" in row or "eval/greedy/accuracy" in row for row in trained.metrics())
     before = (tmp_path / "arms" / "grpo-0" / "metrics.jsonl").read_bytes()
     again = run_controls(
-        [file], overrides, policy, finished.path / "data", minutes=0.05, seeds=1, arms=["overlap"], bars=QUIET
+        [file], overrides, policy, finished.path / "data", tokens=2000, seeds=1, arms=["overlap"], bars=QUIET
     )
     assert {o.arm for o in again} == {"grpo", "overlap"}
     assert (tmp_path / "arms" / "grpo-0" / "metrics.jsonl").read_bytes() == before, "what was complete was run again"

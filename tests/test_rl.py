@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_ray.config import OptimizerConfig
+from apr_ray.config import OptimizerConfig, RewardConfig
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.engine import FinishReason, VersionSpan
-from apr_ray.core.ledger import Call, Disposition, Group, Outcome, Replaced, ThreadTree
+from apr_ray.core.ledger import SOLVED, Call, Disposition, Group, Outcome, Replaced, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.metrics.mismatch import mismatch_metrics
 from apr_ray.metrics.names import is_known
-from apr_ray.rl.advantages import ADVANTAGES, group_advantages
+from apr_ray.rl.advantages import group_advantages, leave_one_out_advantages
 from apr_ray.rl.batches import LossMean, SftRow, grpo_batch, plan_micro_batches, sft_batch
-from apr_ray.rl.losses import grpo_loss, k3, sft_loss, token_entropy, token_logprobs
+from apr_ray.rl.losses import grpo_loss, k3, sft_loss, token_entropy, token_logit_scale, token_logprobs
 from apr_ray.rl.mismatch import Apart, Correction, importance_weights, measure_mismatch, tree_sums
+from apr_ray.rl.rewards import price_of, priced
 from apr_ray.rl.schedules import learning_rate
 
 V0 = WeightVersion(0, 0)
@@ -38,12 +41,6 @@ def test_advantages_are_z_scores(values: list[float]) -> None:
         return
     assert found == pytest.approx([(v - mean) / deviation for v in values], abs=1e-4)
     assert sum(found) == pytest.approx(0, abs=1e-5)
-
-
-@pytest.mark.parametrize("bad", [[], [1.0, float("nan")], [float("inf")]])
-def test_rewards_that_are_no_numbers_are_refused(bad: list[float]) -> None:
-    with pytest.raises(ValueError, match="finite"):
-        group_advantages(bad)
 
 
 def test_losses_equal_a_token_by_token_float64_reference() -> None:
@@ -344,10 +341,13 @@ def test_a_tree_whose_engine_failed_says_nothing_of_the_policy() -> None:
 
 
 def test_groups_of_one_reward_are_counted_whatever_the_advantage_is() -> None:
-    for reward in (0.0, 1.0):
-        trees = tuple(ThreadTree("p", i, (), (), (), "", Outcome.ANSWERED, reward=reward) for i in range(2))
-        found = grpo_batch([Group("p", trees)], skip_zero_advantage=True, advantage_kind="success")
-        assert found.zero_variance_groups == 1
+    for verdict in (SOLVED, "wrong_value"):
+        trees = tuple(
+            ThreadTree("p", i, (), (), (), "", Outcome.ANSWERED, reward=1.0, verdict=verdict) for i in range(2)
+        )
+        for kind in ("group", "leave_one_out", "success"):
+            found = grpo_batch([Group("p", trees)], skip_zero_advantage=True, advantage_kind=kind)  # type: ignore[arg-type]
+            assert found.zero_variance_groups == 1
 
 
 def test_a_tree_without_a_reward_cannot_be_trained_on() -> None:
@@ -416,11 +416,61 @@ def test_schedules() -> None:
     assert rate("cosine", 100, 1.0) == pytest.approx(0.1)
 
 
-def test_success_advantages_are_the_rewards() -> None:
-    """Rejection sampling: what was not solved carries no loss."""
-    assert ADVANTAGES["success"]([0.0, 1.0, 1.0]) == [0.0, 1.0, 1.0]
+@given(st.lists(st.sampled_from([1.0, 0.0, -0.2]), min_size=1, max_size=9))
+def test_leave_one_out_compares_with_the_others(rewards: list[float]) -> None:
+    found = leave_one_out_advantages(rewards)
+    for i, advantage in enumerate(found):
+        others = rewards[:i] + rewards[i + 1 :]
+        assert advantage == pytest.approx(rewards[i] - sum(others) / len(others) if others else 0.0, abs=1e-12)
+    if len(set(rewards)) == 1:
+        assert found == [0.0] * len(rewards), "trees without advantage must be exactly without"
+
+
+def test_a_price_keeps_its_size_where_nobody_solved() -> None:
+    """Z-scores blow a small price up to the size of a solution; leaving one out does not."""
+    rewards = [-0.2, 0.0, 0.0, 0.0]
+    assert max(map(abs, group_advantages(rewards))) > 1.7
+    assert max(map(abs, leave_one_out_advantages(rewards))) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("advantages", [group_advantages, leave_one_out_advantages])
+@pytest.mark.parametrize("rewards", [[], [math.nan, 1.0], [math.inf, 0.0]])
+def test_rewards_that_are_no_numbers_are_refused(advantages: Any, rewards: list[float]) -> None:
     with pytest.raises(ValueError, match="finite"):
-        ADVANTAGES["success"]([float("nan")])
+        advantages(rewards)
+
+
+PRICES = RewardConfig(
+    solved=1.0, no_answer=-0.01, false_claim=-0.2, cut_off=-0.3, invalid_spawn=-0.4, failed_engine=9.0
+)
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_every_ending_has_its_price(outcome: Outcome) -> None:
+    """Whatever a tree's outcome, it is exactly one of six endings."""
+    tree = ThreadTree("p", 0, (), (), (), "", outcome, verdict="some_reason")
+    expected = {
+        Outcome.ANSWERED: -0.2,
+        Outcome.NO_ANSWER: -0.01,
+        Outcome.INVALID_SPAWN: -0.4,
+        Outcome.ENGINE_ERROR: 9.0,
+        Outcome.CANCELLED: 9.0,
+    }.get(outcome, -0.3)
+    assert price_of(tree, PRICES) == expected
+    assert price_of(replace(tree, verdict=SOLVED), PRICES) == 1.0
+
+
+def test_a_tree_without_a_verdict_has_no_ending() -> None:
+    tree = ThreadTree("p", 0, (), (), (), "", Outcome.ANSWERED, reward=1.0)
+    with pytest.raises(ValueError, match="no verdict yet"):
+        priced([tree], PRICES)
+
+
+def test_the_logits_scale_is_their_deviation_and_knows_no_temperature() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 4.0], [1.0, 1.0, 1.0], [9.0, 0.0, 0.0]]], dtype=torch.float64)
+    found = token_logit_scale(logits)
+    assert found.tolist() == [[0.0, 2.0, 0.0]], "one position later, as the tokens that were drawn from them"
+    np.testing.assert_allclose(token_logit_scale(3 * logits), 3 * found)
 
 
 def test_a_token_without_loss_gives_no_gradient_however_far_the_reference_is() -> None:

@@ -95,9 +95,15 @@ class OptimizerConfig(Section):
     gradient, as in SGD with momentum: less noise goes into parameters whose gradient is small."""
     parameters: Literal["all", "final_norm"] = "all"
     """`final_norm` trains the gains of the last normalisation alone. They scale all logits, so a policy can become
-    surer of itself and learn nothing else: a control."""
+    surer of itself and learn nothing else: a control. It takes AdamW's steps: no `muon_rate`."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
+
+    @model_validator(mode="after")
+    def _gains_are_no_matrices(self) -> OptimizerConfig:
+        if self.parameters == "final_norm" and self.muon_rate is not None:
+            raise ValueError(f"parameters final_norm are no matrices, muon_rate is {self.muon_rate:g}: set it to null")
+        return self
 
 
 class SftConfig(Section):
@@ -186,6 +192,9 @@ class GrpoConfig(Section):
     """Groups per step."""
     group_size: Annotated[int, Field(ge=2)] = 5
     """Trees per problem, over which advantages are normalised."""
+    refill_rounds: Count = 0
+    """Where groups without variance leave a step short of `problems_per_step` others, sample as many further problems,
+    at most so often (DAPO's dynamic sampling)."""
     inner_steps: Positive = 2
     """Optimiser steps on each batch of rollouts."""
     advantage: Literal["group", "leave_one_out", "success"] = "group"
@@ -238,6 +247,8 @@ class GrpoConfig(Section):
     def _overlap_is_stale(self) -> GrpoConfig:
         if self.overlap and self.max_staleness < 1:
             raise ValueError("overlap samples one version off: max_staleness must be at least 1")
+        if self.overlap and self.refill_rounds:
+            raise ValueError("refill_rounds waits for a step's rewards, and overlap samples the next step meanwhile")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from apr_ray.config import Config, GrpoConfig
 from apr_ray.core.errors import ConfigError, MismatchError
-from apr_ray.core.ledger import Ending, Group, ThreadTree
+from apr_ray.core.ledger import Ending, Group, Problem, ThreadTree
 from apr_ray.core.task import SpawnJoinProtocol
 from apr_ray.core.weights import FIRST_VERSION, WeightVersion
 from apr_ray.evaluation.decisions import sampled_p_spawn
@@ -66,7 +66,7 @@ def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: 
     """Start all parts, on the newest checkpoint or on `policy`; they end with the block, however it ends."""
     grpo, seed = config.grpo, config.run.seed
     task = load_task(config.task)
-    train = task.problems("train", grpo.steps * grpo.problems_per_step, seed + 1)
+    train = task.problems("train", grpo.steps * grpo.problems_per_step * (1 + grpo.refill_rounds), seed + 1)
     found = run.latest()
     with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as ends:
         transport = build_transport(config.weights)
@@ -126,7 +126,9 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 if grpo.overlap and not due and state.step + 1 < grpo.steps:  # an evaluation has the engines to itself
                     parts.rollouts.begin(state.step + 1)
                 times.append(time.perf_counter())
-                trees = rewarded(trees, parts, config, state.step)
+                trees = rewarded(parts.rollouts.problems(state.step), trees, parts.reward, config, state.step)
+                more, refill_s = refilled(trees, parts, config, state.step)
+                trees, rollout_s = [*trees, *more], rollout_s + refill_s
                 times.append(time.perf_counter())
                 made = batch_of(trees, grpo, version)
                 rate = learning_rate(grpo.optimizer, state.step, done())
@@ -184,12 +186,27 @@ def save(run: RunDir, learners: LearnerGroup, state: LoopState, improved: bool) 
     return run.path / "checkpoints" / f"step-{state.step:06d}" / "policy"
 
 
-def rewarded(trees: Sequence[ThreadTree], parts: Parts, config: Config, step: int) -> list[ThreadTree]:
-    """A step's trees with their rewards."""
-    problems = [p for p in parts.rollouts.problems(step) for _ in range(config.grpo.group_size)]
-    judged = parts.reward.score(problems, trees)
+def rewarded(
+    problems: Sequence[Problem], trees: Sequence[ThreadTree], judge: RewardClient, config: Config, step: int
+) -> list[ThreadTree]:
+    """Trees with verdicts and rewards, `group_size` of them for each problem."""
+    judged = judge.score([problem for problem in problems for _ in range(config.grpo.group_size)], trees)
     prices = config.grpo.reward
     return randomly_rewarded(judged, config.run.seed, step) if prices.coin else priced(judged, prices)
+
+
+def refilled(trees: Sequence[ThreadTree], parts: Parts, config: Config, step: int) -> tuple[list[ThreadTree], float]:
+    """Trees of further problems while groups without variance leave a step short; and the seconds of sampling them."""
+    grpo, more, seconds = config.grpo, list[ThreadTree](), 0.0
+    for refill in range(1, grpo.refill_rounds + 1):
+        groups = group([*trees, *more], grpo.group_size)
+        short = grpo.problems_per_step - sum(len({t.reward for t in one.trees}) > 1 for one in groups)
+        if short <= 0:
+            break
+        drawn, took_s = parts.rollouts.refill(step, refill, short)
+        more += rewarded(parts.rollouts.problems(step, refill)[:short], drawn, parts.reward, config, step)
+        seconds += took_s
+    return more, seconds
 
 
 def randomly_rewarded(trees: Sequence[ThreadTree], seed: int, step: int) -> list[ThreadTree]:

@@ -23,10 +23,15 @@ class Rollouts:
         self.thread = ThreadPoolExecutor(1, "rollouts")
         self.begun: dict[int, Future[tuple[list[ThreadTree], float]]] = {}
 
-    def problems(self, step: int) -> Sequence[Problem]:
-        """Those of one step."""
-        first = step * self.config.grpo.problems_per_step
-        return self.train[first : first + self.config.grpo.problems_per_step]
+    def problems(self, step: int, refill: int = 0) -> Sequence[Problem]:
+        """Those of one step, or of one round of its refills: each has its own, so a resumed run draws the same."""
+        grpo = self.config.grpo
+        first = (refill * grpo.steps + step) * grpo.problems_per_step
+        return self.train[first : first + grpo.problems_per_step]
+
+    def refill(self, step: int, refill: int, count: int) -> tuple[list[ThreadTree], float]:
+        """Trees of the first `count` problems of a round of refills, and the seconds that they took."""
+        return self._timed(self.problems(step, refill)[:count], step)
 
     def begin(self, step: int) -> None:
         """Start a step's trees."""
@@ -49,8 +54,11 @@ class Rollouts:
         self.thread.shutdown(cancel_futures=True)
 
     def _sample(self, step: int) -> tuple[list[ThreadTree], float]:
+        return self._timed(self.problems(step), step)
+
+    def _timed(self, problems: Sequence[Problem], step: int) -> tuple[list[ThreadTree], float]:
         start = time.perf_counter()
-        trees = sample_trees(self.pool, self.problems(step), self.config, step)
+        trees = sample_trees(self.pool, problems, self.config, step)
         return trees, time.perf_counter() - start
 
 
