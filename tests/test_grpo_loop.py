@@ -262,7 +262,8 @@ def test_a_step_short_of_groups_with_variance_is_refilled(tmp_path: Path, monkey
     """Of its five groups one has variance, so four further problems are drawn, and three more after the next one."""
     run, _ = trained(a_config(tmp_path, steps=1, refill_rounds=2), [0.5, 0.5], monkeypatch)
     rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
-    assert [row["problem"] for row in rows] == [f"p{i // 2}" for i in range(10 + 8 + 6)]
+    drawn = [*range(5), *range(5, 9), *range(10, 13)]
+    assert [row["problem"] for row in rows] == [f"p{i}" for i in drawn for _ in range(2)]
 
 
 def test_tokens_end_a_run_at_the_end_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
