@@ -113,6 +113,6 @@ def test_an_export_needs_results_and_a_new_folder(tmp_path: Path) -> None:
         write_policy_folder(POLICY, run, tmp_path / "results.json", tmp_path)
     whole = {"metrics": {}, "split": "heldout", "problems": 1, "targets_problems": 0}
     (tmp_path / "results.json").write_text(json.dumps(whole))
-    with pytest.raises(AprError, match=r"is no run of apr-ray sft.*its folder sft"):
+    with pytest.raises(AprError, match=r"trained no policy.*its folder sft or grpo"):
         write_policy_folder(POLICY, run, tmp_path / "results.json", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]

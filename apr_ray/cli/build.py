@@ -138,7 +138,7 @@ def _init(policy: Path | None) -> list[str]:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a supervised run whose policy is to be given away.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a supervised or GRPO run; its policy is given away.")],
     out: Annotated[Path, typer.Option(help="Folder to make; its name is the policy's.")],
     results: Annotated[Path, typer.Option(help="What `apr-ray eval RUN --json FILE` wrote.")],
 ) -> None:

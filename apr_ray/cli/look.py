@@ -34,6 +34,7 @@ def evaluate_command(
 ) -> None:
     """Accuracy and cost of a policy on problems that it never trained on."""
     import json
+    from dataclasses import asdict
 
     from apr_ray.config import config_of
     from apr_ray.core.errors import AprError
@@ -92,13 +93,15 @@ def evaluate_command(
         title = f"the decision to spawn, at the first one of {len(decided.spawn)} demonstrations"
         print_table(title, ("", ""), decision_rows(decided))
         numbers |= decision_metrics(decided)
+    asked: dict[str, object] = {"split": what.split, "problems": len(problems), "samples": what.samples}
+    asked |= {"targets_problems": what.targets_problems, "seed": what.seed}
     if before is not None:
         best, changes = compare(before, trees)
         title = f"against {against}, decoded at its best temperature ({mode_title(best)}): percentage points [95 %]"
         print_table(title, COMPARISON_HEAD, comparison_rows(changes))
+        over = {change.mode: asdict(change.over_yardstick) for change in changes}
+        asked |= {"yardstick": best, "over_yardstick": over}
     if as_json is not None:
-        asked: dict[str, object] = {"split": what.split, "problems": len(problems), "samples": what.samples}
-        asked |= {"targets_problems": what.targets_problems, "seed": what.seed}
         as_json.write_text(json.dumps({**asked, "metrics": numbers}, indent=1) + "\n")
     if out is not None:
         out.mkdir(exist_ok=True)

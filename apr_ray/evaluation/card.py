@@ -11,9 +11,11 @@ from typing import Any
 from apr_ray import __version__
 from apr_ray.config import Config, load_config, to_yaml
 from apr_ray.core.errors import AprError
+from apr_ray.metrics.intervals import Interval
 from apr_ray.metrics.names import mode_title
 from apr_ray.metrics.rows import read_rows
 from apr_ray.model.llama import policy_fingerprint, read_config, read_task, replace_directory
+from apr_ray.model.shipped import resolve_policy, shipped_names
 
 LICENCE = "apache-2.0"
 COLUMNS = {
@@ -29,7 +31,7 @@ COLUMNS = {
 def write_policy_folder(policy: Path, run: Path, results: Path, out: Path) -> None:
     """Write `out` whole: `config.yaml` without paths of this machine, `README.md`, and the policy in `final/`.
 
-    Raises AprError where `out` exists, `results` is not what `apr-ray eval --json` wrote, or `run` is not one of `sft`.
+    Raises AprError where `out` exists, `results` is not what `apr-ray eval --json` wrote, or `run` holds no training.
     """
     if out.exists():
         raise AprError(f"{out} exists", "Choose another --out, or remove it")
@@ -59,21 +61,12 @@ def _portable(config: Config) -> Config:
 
 def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, Any]) -> str:
     shape = read_config(policy)
-    states = sorted((run / "checkpoints").glob("step-*/state.json"))
-    state = json.loads(states[-1].read_text()) if states else {}
-    if not state.get("data"):
-        raise AprError(f"{run} is no run of apr-ray sft", "Give one; of a quickstart's run, its folder sft")
-    speeds = [row["sft/tokens_per_s"] for row in read_rows(run) if "sft/tokens_per_s" in row]
     task = read_task(policy)
     space = task.options.get("space", {})
     how = [
         ("architecture", f"Llama, {shape['num_hidden_layers']} layers of {shape['hidden_size']}, vocabulary"
          f" {shape['vocab_size']}, context {shape['max_position_embeddings']} tokens"),
-        ("command", "`apr-ray sft -c config.yaml --data DEMOS` with the `config.yaml` beside this card, seed"
-         f" {config.run.seed}, apr-ray {__version__}"),
-        ("trained on", f"{state['tokens']:,} tokens in {state['step']:,} steps, {state['precision']},"
-         f" {sum(speeds) / max(1, len(speeds)):,.0f} tokens/s, {state['elapsed_s'] / 60:.1f} minutes"),
-        ("demonstrations", f"fingerprint `{state['data']}`"),
+        *_origin(run, config),
         ("weights", f"fingerprint `{policy_fingerprint(policy)}`"),
         ("problems", ", ".join(f"{key} {value}" for key, value in space.items())),
     ]  # fmt: skip
@@ -93,9 +86,46 @@ def _card(name: str, policy: Path, run: Path, config: Config, found: dict[str, A
             f"On {found['problems']} problems of the split `{found['split']}`, and {found['targets_problems']} with"
             " held-out targets; it was trained on none of them:", "",
             f"| decoded | {head} |", "|---" * (len(COLUMNS) + 1) + "|", *rows, "",
+            *_comparison(found),
             "**Limits.** It knows texts of this task in the ranges above and nothing else. Problems beyond them are"
             " tried and mostly fail. Answers must be verified: some claim what is not true.",
             "",
             "**Licence.** Apache-2.0.", "",
         ]
     )  # fmt: skip
+
+
+def _origin(run: Path, config: Config) -> list[tuple[str, str]]:
+    """How a run trained its policy: on demonstrations, or by GRPO from another."""
+    states = sorted((run / "checkpoints").glob("step-*/state.json"))
+    state = json.loads(states[-1].read_text()) if states else {}
+    if not state.get("data") and not state.get("policy"):
+        raise AprError(f"{run} trained no policy", "Give one that did; of a quickstart's run, its folder sft or grpo")
+
+    beside = f"with the `config.yaml` beside this card, seed {config.run.seed}, apr-ray {__version__}"
+    minutes = f"{state['elapsed_s'] / 60:.1f} minutes"
+    if state["data"]:
+        speeds = [row["sft/tokens_per_s"] for row in read_rows(run) if "sft/tokens_per_s" in row]
+        speed = f"{sum(speeds) / max(1, len(speeds)):,.0f} tokens/s"
+        amount = f"{state['tokens']:,} tokens in {state['step']:,} steps, {state['precision']}"
+        return [
+            ("command", f"`apr-ray sft -c config.yaml --data DEMOS` {beside}"),
+            ("trained on", f"{amount}, {speed}, {minutes}"),
+            ("demonstrations", f"fingerprint `{state['data']}`"),
+        ]
+    shipped = {policy_fingerprint(resolve_policy(name) / "final"): name for name in shipped_names()}
+    first = shipped.get(state["policy"], "POLICY")
+    return [
+        ("command", f"`apr-ray train -c config.yaml --init {first}` {beside}"),
+        ("trained by", f"GRPO, {state['step']:,} steps, {state['sampled_tokens']:,} sampled tokens, {minutes}"),
+        ("began with", f"weights `{state['policy']}`"),
+    ]
+
+
+def _comparison(found: dict[str, Any]) -> list[str]:
+    """How far over the policy that it was compared with, if it was."""
+    if not (over := found.get("over_yardstick")):
+        return []
+    modes = ", ".join(f"{mode_title(mode)} {Interval(**over[mode])}" for mode in sorted(over))
+    best = mode_title(found["yardstick"])
+    return [f"Percentage points over the policy before, decoded at its best temperature ({best}), paired: {modes}.", ""]
