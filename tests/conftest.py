@@ -83,7 +83,7 @@ def small_config() -> Config:
             },
             "bounds": {"max_call_tokens": 120, "max_tree_tokens": 600},
             "rollout": {"workers": 2, "concurrent_trees": 4},
-            "evaluation": {"problems": 4, "during_training_problems": 3, "traced_trees": 1},
+            "evaluation": {"problems": 4, "during_training_problems": 3, "traced_trees": 1, "temperatures": [0.0, 1.0]},
         }
     )
 

@@ -20,7 +20,7 @@ from apr_ray.core.trees_io import read_trees
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.audit import audit_batch
 from apr_ray.evaluation.kept_batch import find_batch, read_batch
-from apr_ray.evaluation.report import summarise, table_rows, write_report
+from apr_ray.evaluation.report import summarise, table_rows, write_report, yardstick
 from apr_ray.metrics.names import is_known
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import grpo_batch
@@ -162,9 +162,17 @@ def test_the_report_shows_before_and_after(finished: RunDir) -> None:
     assert (before.step, after.step) == (0, 3)
     for mode in ("greedy", "t1.0"):
         assert f"{100 * after.modes[mode]['accuracy']:.1f} %" in text
-    for picture in ("accuracy.png", "curves.png", "tree.png"):
+    for picture in ("accuracy.png", "curves.png", "claims.png", "tree.png"):
         assert (finished.path / picture).stat().st_size > 5000
-    assert [row[1] for row in table_rows((before, after))] == ["before GRPO", "after 3 GRPO steps"] * 2
+    best, gains = yardstick(finished.path / "grpo", (before, after))
+    assert best in before.modes
+    assert "The yardstick is the policy before at its best temperature" in text
+    highest = max(m["accuracy"] for m in before.modes.values())
+    rows = table_rows((before, after), gains)
+    assert [row[1] for row in rows] == ["before GRPO", "after 3 GRPO steps"] * 2
+    for mode, gain in gains.items():
+        assert gain.mean == pytest.approx(after.modes[mode]["accuracy"] - highest)
+        assert any(row[3] == str(gain) for row in rows)
 
 
 def test_without_an_evaluation_before_the_report_claims_none(finished: RunDir, tmp_path: Path) -> None:
@@ -184,6 +192,7 @@ def test_a_killed_grpo_run_goes_on_from_its_checkpoint(finished: RunDir, single_
     long = with_run(single_config, tmp_path, "r")
     train_grpo(long, RunDir(run.path, long), policy, QUIET)
     rows = [r for r in run.metrics() if "rollout/reward" in r]
+    assert any("train/update_norm" in r and r["train/logit_scale"] > 0 for r in rows)
     unbroken = [r for r in RunDir(finished.path / "grpo", finished.config).metrics() if "rollout/reward" in r]
     assert [r["step"] for r in rows] == [1, 2, 3]
     for ours, theirs in zip(rows, unbroken, strict=True):
@@ -204,6 +213,7 @@ def test_the_audit_of_a_real_batch_agrees(finished: RunDir) -> None:
     found = {finding.check: finding.found for finding in report.findings}
     calls = sum(len(tree.calls) for tree in kept.trees)
     assert found["calls drawn under these weights"] == f"{calls} of {calls}"
+    assert found["rewards that are their ending's price"] == "6 of 6"
     assert float(found["gradient norm"]) > 0
     with pytest.raises(AprError, match=r"no batch of step 2.*Kept are steps 3"):
         find_batch(finished.path, 2)
@@ -333,7 +343,6 @@ def test_all_arms_are_trained_and_compared(finished: RunDir, single_config: Conf
         f"run.root={tmp_path}",
         "run.name=arms",
         "tracking.tracker=none",
-        "evaluation.temperatures=[0,1]",
         "grpo.reward.coin=true",
     ]
     outcomes = run_controls([file], overrides, policy, finished.path / "data", tokens=2000, seeds=1, bars=QUIET)

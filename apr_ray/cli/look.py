@@ -39,6 +39,7 @@ def evaluate_command(
     from apr_ray.config import config_of
     from apr_ray.core.errors import AprError
     from apr_ray.core.trees_io import write_trees
+    from apr_ray.evaluation.causes import causes
     from apr_ray.evaluation.comparison import COMPARISON_HEAD, compare, comparison_rows, read_evaluation
     from apr_ray.evaluation.decisions import decide_by_checkpoint, decision_metrics
     from apr_ray.evaluation.decisions import table_rows as decision_rows
@@ -67,6 +68,7 @@ def evaluate_command(
     task = load_task(settings.task)
     parts = eval_parts(what, task)
     problems = parts[0].problems
+    tokenizer = task.load_tokenizer(str(policy))
     rows: list[tuple[str, str, str]] = []
     numbers: dict[str, float] = {}
     trees: dict[str, Sequence[ThreadTree]] = {}
@@ -85,6 +87,9 @@ def evaluate_command(
                     bar=bar,
                 )
             found, prefix = result.metrics(part.mode), f"eval/{part.mode}/"
+            of_trees = [problem for problem in part.problems for _ in range(part.samples)]
+            why = causes(task, tokenizer, of_trees, result.trees)
+            found |= {f"{prefix}cause/{cause}": share for cause, share in why.items()}
             rows += [(part.mode, name.removeprefix(prefix), f"{value:.4g}") for name, value in found.items()]
             numbers |= found
             trees[part.mode] = result.trees

@@ -259,6 +259,13 @@ class Task(ABC):
     def verify(self, problem: Problem, text: str) -> Verdict:
         """Check a root parent's final text."""
 
+    def diagnose(self, problem: Problem, texts: Sequence[str]) -> str:
+        """Why a tree failed, from the texts of its threads: a name of a-z, digits, _ and -. By default it is unknown.
+
+        For people who look at an evaluation; training never asks.
+        """
+        return "unknown"
+
     def load_tokenizer(self, directory: str) -> Tokenizer:
         """A checkpoint's tokenizer. Raises AprError where it cannot carry this task's protocol.
 

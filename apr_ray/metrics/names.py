@@ -128,6 +128,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/decision/margin_p10", "nats", "10th percentile of the same"),
     Metric("rollout/failure/{reason}", "percent", "trees that failed for this reason"),
     Metric("eval/{mode}/failure/{reason}", "percent", "trees that failed for this reason"),
+    Metric("eval/{mode}/cause/{reason}", "percent", "trees whose failure has this cause: the task's own diagnosis"),
 )
 
 HOLES = {r"\{mode\}": "[a-z0-9.-]+", r"\{reason\}": "[a-z0-9_-]+", r"\{age\}": "[0-9]+"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Problem
 from apr_ray.core.task import Demonstration, DemonstrationSet, Task, Tokenizer, Verdict
+from apr_ray.tasks.countdown.diagnosis import diagnose
 from apr_ray.tasks.countdown.grammar import Budget
 from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
 from apr_ray.tasks.countdown.problem import CountdownProblem, ProblemSpace
@@ -120,6 +121,11 @@ class CountdownTask(Task):
         """Strict replay of the answer."""
         assert isinstance(problem, CountdownProblem)
         return verify_solution(problem, text)
+
+    def diagnose(self, problem: Problem, texts: Sequence[str]) -> str:
+        """See `tasks.countdown.diagnosis`."""
+        assert isinstance(problem, CountdownProblem)
+        return diagnose(problem, texts)
 
     def problem_from_text(self, text: str) -> CountdownProblem:
         """From `3 5 7 -> 22`."""
