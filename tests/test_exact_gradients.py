@@ -24,10 +24,10 @@ import torch
 
 from apr_ray.core.batch import TrainBatch
 from apr_ray.core.engine import FinishReason, VersionSpan
-from apr_ray.core.ledger import SOLVED, Call, Group, Outcome, Replaced, Spawn, ThreadTree
+from apr_ray.core.ledger import SOLVED, Call, Group, Join, JoinOutcome, Outcome, Replaced, Spawn, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.rl.advantages import Z_SCORE_EPS, AdvantageKind
-from apr_ray.rl.batches import LossMean, SftRow, grpo_batch, sft_batch
+from apr_ray.rl.batches import Credit, LossMean, SftRow, grpo_batch, sft_batch
 from apr_ray.rl.losses import grpo_loss, log_ratio, sft_loss, token_entropy, token_logprobs
 from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
 
@@ -185,7 +185,13 @@ def ledger(tree: Toy, behaviour: Array) -> ThreadTree:
     spawned = tuple((i,) for i in range(children))
     spawns = (Spawn((), 0, spawned, ("",) * children),) if children > 0 else ()
     verdict = SOLVED if tree.reward else "wrong_value"
-    return ThreadTree("p", 0, calls, spawns, (), "", Outcome.ANSWERED, reward=tree.reward, verdict=verdict)
+    joins = ()
+    if spawns:
+        brought = [written[-1] for _, written in tree.calls[1:-1]]
+        outcomes = tuple(JoinOutcome.SOLVED if token == END else JoinOutcome.NO_SOLUTION for token in brought)
+        reasons, messages = ("",) * children, tuple(map(str, brought))
+        joins = (Join((), 0, outcomes, reasons, tuple(brought), 1, messages),)
+    return ThreadTree("p", 0, calls, spawns, joins, "", Outcome.ANSWERED, reward=tree.reward, verdict=verdict)
 
 
 def padded(batch: TrainBatch, column: Any) -> torch.Tensor:
@@ -213,6 +219,7 @@ def estimate(
     proximal: Array | None = None,
     correction: Correction | None = None,
     advantage_kind: AdvantageKind = "group",
+    credit: Credit = "tree",
     temperature: float = 1.0,
     skip: bool = False,
 ) -> tuple[Array, Any]:
@@ -221,7 +228,9 @@ def estimate(
     drawn_groups = [
         Group("p", tuple(change(ledger(tree, probabilities(behaviour))) for tree in group)) for group in groups
     ]
-    made = grpo_batch(drawn_groups, skip_zero_advantage=skip, loss_mean=loss_mean, advantage_kind=advantage_kind)
+    made = grpo_batch(
+        drawn_groups, skip_zero_advantage=skip, loss_mean=loss_mean, advantage_kind=advantage_kind, credit=credit
+    )
     batch = made.batch
     if not len(batch):
         return np.zeros_like(policy), None
@@ -362,6 +371,33 @@ def test_leaving_one_out_gives_the_gradient_of_the_mean_reward(size: int) -> Non
     p = probabilities(POLICY)
     gradient = mean_over(BANDIT, p, lambda tree: tree.reward * plain(tree, p))
     close(expected(BANDIT, size, POLICY, POLICY, advantage_kind="leave_one_out"), gradient)
+
+
+def of_summed_scores(credit: Credit, policy: Array, size: int) -> Array:
+    """The expectation of a group's estimate with its tokens summed, not averaged."""
+    b = probabilities(policy)
+    mean = np.zeros_like(POLICY)
+    possible = [tree for tree in TREES if likelihood(tree, b) > 1e-12]
+    for group in combinations_with_replacement(possible, size):
+        repeats = math.factorial(size) / math.prod(math.factorial(group.count(t)) for t in set(group))
+        weight = repeats * math.prod(likelihood(tree, b) for tree in group)
+        found, _ = estimate(
+            [group], policy, policy, loss_mean="token", advantage_kind="leave_one_out", credit=credit, skip=True
+        )
+        mean += weight * found * sum(map(tokens_of, group)) / size
+    return mean
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_causal_credit_has_the_same_expectation(size: int) -> None:
+    """The gradient of the mean reward, whichever way a tree's advantage is shared out: in a group of two already, of a
+    policy that always spawns two children at once or none (a child alone may write more, so it is no equal of theirs)."""
+    policy = POLICY.copy()
+    policy[rows()[(*ROOT, ON)], SPAWN] = -60
+    p = probabilities(policy)
+    gradient = mean_over(TREES, p, lambda tree: tree.reward * plain(tree, p))
+    close(of_summed_scores("tree", policy, size), gradient)
+    close(of_summed_scores("causal", policy, size), gradient)
 
 
 def test_rejection_sampling_is_the_mean_over_solved_trees_alone() -> None:

@@ -201,6 +201,10 @@ class GrpoConfig(Section):
     """`group`: z-scores of a group's rewards, as in the paper. `leave_one_out`: a reward less the mean of the others in
     its group, in the rewards' own unit: z-scores blow up the small prices of a group that nobody solved. `success`: 1
     for solved trees, and no others, which with one inner step is supervised training on them (rejection sampling)."""
+    credit: Literal["tree", "causal"] = "tree"
+    """`tree`: every call has its tree's advantage, as in the paper. `causal`: a thread is compared with the group's
+    threads that were given the same prompt, by the message that each joined with: all that the rest of the tree learns
+    of it. The same expectation with less noise (`rl/credit.py`); it needs `advantage: leave_one_out`."""
     reward: RewardConfig = RewardConfig()
     """What the endings of a tree are worth. By default 1 for a right answer and 0 for all else, as in the paper."""
     clip: PositiveFloat = 0.2
@@ -249,6 +253,12 @@ class GrpoConfig(Section):
             raise ValueError("overlap samples one version off: max_staleness must be at least 1")
         if self.overlap and self.refill_rounds:
             raise ValueError("refill_rounds waits for a step's rewards, and overlap samples the next step meanwhile")
+        return self
+
+    @model_validator(mode="after")
+    def _credit_has_rewards_to_share(self) -> GrpoConfig:
+        if self.credit == "causal" and self.advantage != "leave_one_out":
+            raise ValueError(f"credit causal shares out rewards, advantage is {self.advantage}: use leave_one_out")
         return self
 
     @model_validator(mode="after")

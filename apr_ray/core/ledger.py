@@ -145,6 +145,7 @@ class Join:
         reasons: the named reason of each outcome ("" for a plain one; "length", "error", "bad_message", …).
         joined_ids: the tokens that took the place of the spawn block in the parent's context.
         kept_tokens: how many of the spawning call's sampled tokens stay before them.
+        messages: what each child joined with, "" unless it solved: all that its parent learns of it, with its outcome.
     """
 
     path: Path
@@ -153,6 +154,7 @@ class Join:
     reasons: tuple[str, ...]
     joined_ids: tuple[int, ...]
     kept_tokens: int
+    messages: tuple[str, ...] = ()
 
 
 class Outcome(StrEnum):

@@ -43,6 +43,7 @@ def tree_to_json(tree: ThreadTree) -> dict[str, Any]:
                 "reasons": j.reasons,
                 "joined_ids": j.joined_ids,
                 "kept_tokens": j.kept_tokens,
+                "messages": j.messages,
             }
             for j in tree.joins
         ],
@@ -97,6 +98,7 @@ def tree_from_json(data: Any) -> ThreadTree:
                     tuple(j["reasons"]),
                     tuple(j["joined_ids"]),
                     j["kept_tokens"],
+                    tuple(j.get("messages", ())),  # files before it was kept have none
                 )
                 for j in data["joins"]
             ),

@@ -19,7 +19,10 @@ import numpy as np
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.core.ledger import Call, Disposition, Group, Outcome, ThreadTree
 from apr_ray.rl.advantages import ADVANTAGES, AdvantageKind
+from apr_ray.rl.credit import causal_credit, tree_credit
 
+Credit = Literal["tree", "causal"]
+"""How the calls of a tree share its advantage; see `config.GrpoConfig.credit`."""
 LossMean = Literal["call", "tree", "token"]
 """What a GRPO loss is a mean of; see `config.GrpoConfig.loss_mean`."""
 
@@ -44,24 +47,26 @@ def grpo_batch(
     skip_zero_advantage: bool,
     stale: Sequence[Group] = (),
     advantage_kind: AdvantageKind = "group",
+    credit: Credit = "tree",
     loss_mean: LossMean = "call",
 ) -> GrpoBatch:
-    """Trees with rewards as one batch; the same advantage for every call of a tree.
+    """Trees with rewards as one batch.
 
     A tree whose engine failed says nothing of the policy: it is left out, of its group's statistics too.
 
     Args:
         groups: every tree must have its reward, or with `success` its verdict.
-        skip_zero_advantage: leave out trees whose advantage is 0. Exact where no KL term is in the loss: their gradient
+        skip_zero_advantage: leave out calls whose advantage is 0. Exact where no KL term is in the loss: their gradient
             is 0 then. Their tokens are counted, and they stay in the denominators.
         stale: groups that are not used because they are too old; their tokens are counted.
         advantage_kind: see `config.GrpoConfig.advantage`. With `success` all other trees are left out, of the
             denominators too: each trained token weighs the same, whoever else was sampled.
+        credit: how a tree's calls share its advantage; see `rl.credit`.
     """
     dispositions: Counter[Disposition] = Counter()
     for group in stale:
         dispositions[Disposition.STALE] += sum(tree.total_tokens for tree in group.trees)
-    rated: list[tuple[ThreadTree, float]] = []
+    rated: list[tuple[ThreadTree, list[float]]] = []  # with one advantage per call
     zero_variance = used = 0
     for group in groups:
         trees = []
@@ -77,49 +82,47 @@ def grpo_batch(
         used += 1
         if advantage_kind == "success":
             zero_variance += len({tree.solved for tree in trees}) == 1
-            rated += [(tree, 1.0) for tree in trees if tree.solved]
-            for tree in trees:
-                if not tree.solved:
-                    _count_without_advantage(tree, dispositions)
+            rated += [(tree, [1.0] * len(tree.calls)) for tree in trees if tree.solved]
+            for call in (call for tree in trees if not tree.solved for call in tree.calls):
+                _count(call, dispositions, skipped=True)
             continue
         rewards = [float(tree.reward) for tree in trees if tree.reward is not None]
         if len(rewards) < len(trees):
             raise ValueError(f"group {group.problem_key} has a tree without a reward")
         zero_variance += len(set(rewards)) == 1
-        rated += zip(trees, ADVANTAGES[advantage_kind](rewards), strict=True)
-    calls_of = [_trained_calls(tree) for tree, _ in rated]
-    divisors_of = denominators([[len(positions) for _, positions in calls] for calls in calls_of], loss_mean)
+        causal = credit == "causal"
+        shares = causal_credit(trees) if causal else tree_credit(ADVANTAGES[advantage_kind](rewards), trees)
+        rated += zip(trees, shares, strict=True)
+    positions_of = [[list(call.trained_positions()) for call in tree.calls] for tree, _ in rated]
+    divisors_of = denominators([[len(places) for places in of_tree] for of_tree in positions_of], loss_mean)
     sequences: list[TrainSequence] = []
-    for number, (tree, advantage) in enumerate(rated):
-        if skip_zero_advantage and advantage == 0.0:
-            _count_without_advantage(tree, dispositions)
-            continue
-        dispositions.update(tree.dispositions())
-        for (call, positions), divisor in zip(calls_of[number], divisors_of[number], strict=True):
-            sequences.append(_call_sequence(call, positions, 1.0 / divisor, advantage, number))
+    for number, (tree, advantages) in enumerate(rated):
+        calls = zip(tree.calls, advantages, positions_of[number], divisors_of[number], strict=True)
+        for call, advantage, positions, divisor in calls:
+            skipped = skip_zero_advantage and advantage == 0.0
+            _count(call, dispositions, skipped)
+            if positions and not skipped:
+                sequences.append(_call_sequence(call, positions, 1.0 / divisor, advantage, number))
     return GrpoBatch(lay_out(sequences), dispositions, zero_variance, used)
 
 
-def _count_without_advantage(tree: ThreadTree, dispositions: Counter[Disposition]) -> None:
-    counts = tree.dispositions()
-    dispositions[Disposition.ZERO_ADVANTAGE] += counts.pop(Disposition.TRAINED, 0)
+def _count(call: Call, dispositions: Counter[Disposition], skipped: bool) -> None:
+    counts = call.dispositions()
+    if skipped:
+        dispositions[Disposition.ZERO_ADVANTAGE] += counts.pop(Disposition.TRAINED, 0)
     dispositions.update(counts)
 
 
 def denominators(tokens: Sequence[Sequence[int]], loss_mean: LossMean) -> list[list[int]]:
-    """What the loss of each token of a call is divided by, where call c of tree t has `tokens[t][c]` > 0 of them."""
+    """What the loss of each token of a call is divided by, where call c of tree t has `tokens[t][c]` of them. Calls
+    without any count nowhere."""
     if loss_mean == "call":
-        return [[n * len(calls) * len(tokens) for n in calls] for calls in tokens]
+        counts = [sum(map(bool, calls)) for calls in tokens]
+        return [[n * count * len(tokens) for n in calls] for calls, count in zip(tokens, counts, strict=True)]
     if loss_mean == "tree":
         return [[sum(calls) * len(tokens)] * len(calls) for calls in tokens]
     total = sum(map(sum, tokens))
     return [[total] * len(calls) for calls in tokens]
-
-
-def _trained_calls(tree: ThreadTree) -> list[tuple[Call, list[int]]]:
-    """The calls that carry loss, and where."""
-    calls = [(call, list(call.trained_positions())) for call in tree.calls]
-    return [(call, positions) for call, positions in calls if positions]
 
 
 def _call_sequence(call: Call, positions: Sequence[int], weight: float, advantage: float, tree: int) -> TrainSequence:

@@ -228,6 +228,7 @@ def batch_of(trees: Sequence[ThreadTree], grpo: GrpoConfig, version: WeightVersi
         stale=stale,
         loss_mean=grpo.loss_mean,
         advantage_kind=grpo.advantage,
+        credit=grpo.credit,
     )
 
 
