@@ -19,7 +19,7 @@ from apr_ray.cli import app
 from apr_ray.config import BoundsConfig, TaskConfig
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import SOLVED, Group, Outcome, ThreadTree
+from apr_ray.core.ledger import SOLVED, Ending, Group, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.evaluation.audit import audit_batch
@@ -131,7 +131,13 @@ def keep(
     run: Path, trees: tuple[ThreadTree, ...], checkpoint: Path, reference: Path, kl: float, number: int, **options: Any
 ) -> Path:
     groups = [Group(trees[i].problem_key, trees[i : i + 2]) for i in range(0, len(trees), 2)]
-    made = grpo_batch(groups, skip_zero_advantage=not kl, loss_mean=options.get("loss_mean", "call"))
+    made = grpo_batch(
+        groups,
+        skip_zero_advantage=not kl,
+        loss_mean=options.get("loss_mean", "call"),
+        advantage_kind=options.get("advantage", "group"),
+        credit=options.get("credit", "tree"),
+    )
     plain = {"version": "0.0", "max_staleness": 0}
     step = KeptStep(
         step=number,
@@ -181,6 +187,23 @@ def test_two_ways_to_the_same_loss_and_gradient(run: Path, step: int) -> None:
     assert float(found["gradient norm"]) > 0.05
     assert ("zero_advantage" in found["dispositions"]) == (step == 2)
     assert (float(found["KL term"]) > 0.001) == (step == 1)
+
+
+@pytest.mark.parametrize("loss_mean", ["call", "token"])
+@pytest.mark.parametrize(
+    "objective",
+    [{"advantage": "leave_one_out"}, {"advantage": "success"}, {"advantage": "leave_one_out", "credit": "causal"}],
+)
+def test_other_advantages_and_means_are_audited_too(
+    objective: dict[str, str], loss_mean: str, trees: tuple[ThreadTree, ...], checkpoint: Path, tmp_path: Path
+) -> None:
+    priced = tuple(replace(tree, reward=tree.reward or -0.2) for tree in trees)
+    prices = {ending.value: float(ending is Ending.SOLVED) or -0.2 for ending in Ending}
+    found = keep(tmp_path, priced, checkpoint, checkpoint, 0.0, 1, loss_mean=loss_mean, prices=prices, **objective)
+    report = audit_batch(read_batch(found))
+    assert report.agrees, report.rows()
+    paid = replace(read_batch(found), trees=(replace(priced[0], reward=0.5), *priced[1:]))
+    assert next(f.check for f in audit_batch(paid).findings if not f.agrees) == "rewards that are their ending's price"
 
 
 def test_a_batch_that_moves_nothing_agrees_but_for_rounding(kept: KeptBatch, checkpoint: Path) -> None:

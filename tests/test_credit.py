@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path as File
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from apr_ray.config import load_config
 from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.errors import ConfigError
 from apr_ray.core.ledger import Call, Disposition, Group, Join, JoinOutcome, Outcome, Path, Spawn, ThreadTree
 from apr_ray.core.weights import FIRST_VERSION
+from apr_ray.evaluation.audit_ledger import call_advantages
+from apr_ray.evaluation.kept_batch import KeptBatch, KeptStep
 from apr_ray.rl.batches import grpo_batch
 from apr_ray.rl.credit import causal_credit, tree_credit
 
+HERE = File(__file__)
 FOUND, NONE = JoinOutcome.SOLVED, JoinOutcome.NO_SOLUTION
 
 
@@ -103,3 +111,25 @@ def test_calls_without_an_advantage_are_left_out_and_counted() -> None:
 def test_causal_credit_needs_rewards_to_share() -> None:
     with pytest.raises(ConfigError, match=r"credit causal.*advantage is group: use leave_one_out"):
         load_config(overrides=["grpo.credit=causal"])
+
+
+@st.composite
+def groups_of_trees(draw: st.DrawFn) -> list[ThreadTree]:
+    """Few states and messages, so that many are alike; some children are given twice, some trees are cut before."""
+    out = []
+    for _ in range(draw(st.integers(1, 5))):
+        children = draw(st.lists(st.tuples(st.integers(5, 7), st.sampled_from(["", "a", "b"])), max_size=4))
+        one = tree(draw(st.sampled_from([1.0, 0.0, -0.2])), *children)
+        out.append(replace(one, joins=()) if draw(st.booleans()) and children else one)
+    return out
+
+
+@settings(max_examples=300)
+@given(groups_of_trees())
+def test_the_audit_shares_out_the_same_advantages(trees: list[ThreadTree]) -> None:
+    """Two ways that share no code."""
+    step = KeptStep(1, "0.0", 8, 0.2, 0.0, 1.0, 0, "", {}, None, advantage="leave_one_out", credit="causal")
+    audited = call_advantages(KeptBatch(step, tuple(trees), HERE), trees)
+    for ours, theirs in zip(causal_credit(trees), audited, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-12)
+        assert [a == 0 for a in ours] == [a == 0 for a in theirs], "what is left out is left out by both"

@@ -391,7 +391,7 @@ def of_summed_scores(credit: Credit, policy: Array, size: int) -> Array:
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_causal_credit_has_the_same_expectation(size: int) -> None:
     """The gradient of the mean reward, whichever way a tree's advantage is shared out: in a group of two already, of a
-    policy that always spawns two children at once or none (a child alone may write more, so it is no equal of theirs)."""
+    policy that always spawns two children at once or none (a child alone may write more, so is no equal of theirs)."""
     policy = POLICY.copy()
     policy[rows()[(*ROOT, ON)], SPAWN] = -60
     p = probabilities(policy)

@@ -22,7 +22,7 @@ from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Call, ThreadTree
 from apr_ray.evaluation.audit_ledger import (
     Finding,
-    advantages,
+    call_advantages,
     carries_loss,
     check_ledger,
     check_prices,
@@ -167,11 +167,11 @@ def parts_of_trees(kept: KeptBatch, groups: Sequence[Sequence[ThreadTree]]) -> l
     count = len(counted_trees)
     tokens_in_all = sum(len(carries_loss(call)) for tree in counted_trees for call in tree.calls)
     for trees in groups:
-        for tree, advantage in zip(trees, advantages(kept, trees), strict=True):
+        for tree, shares in zip(trees, call_advantages(kept, trees), strict=True):
             places = [carries_loss(call) for call in tree.calls]
             calls, tokens = sum(map(bool, places)), sum(map(len, places))
             parts = []
-            for call, positions in zip(tree.calls, places, strict=True):
+            for call, positions, advantage in zip(tree.calls, places, shares, strict=True):
                 mean_over = {
                     "call": len(positions) * calls * count,
                     "tree": tokens * count,

@@ -13,6 +13,8 @@ from apr_ray.core.ledger import Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.kept_batch import KeptBatch
 
+SAME = 1e-12
+"""Means of the same rewards differ by rounding."""
 CUT = {FinishReason.ABORTED: "aborted", FinishReason.ERROR: "error"}
 
 
@@ -45,9 +47,10 @@ def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
     sampled = faults = 0
     contexts = good = 0
     skipped = {
-        id(tree)
+        id(call)
         for trees in used_groups(kept)
-        for tree, advantage in zip(trees, advantages(kept, trees), strict=True)
+        for tree, shares in zip(trees, call_advantages(kept, trees), strict=True)
+        for call, advantage in zip(tree.calls, shares, strict=True)
         if is_skipped(kept, tree, advantage)
     }
     fresh = {id(tree) for trees in fresh_groups(kept) for tree in trees}
@@ -59,7 +62,7 @@ def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
             if id(tree) not in fresh:
                 counts["stale"] += drawn
             else:
-                fate = "zero_advantage" if id(tree) in skipped else "trained"
+                fate = "zero_advantage" if id(call) in skipped else "trained"
                 if tree.outcome is Outcome.ENGINE_ERROR:
                     fate = "error"
                 counts[CUT.get(call.finish, fate)] += drawn
@@ -110,6 +113,54 @@ def advantages(kept: KeptBatch, trees: Sequence[ThreadTree]) -> list[float]:
         return [0.0 if equal else reward - (total - reward) / others for reward in rewards]
     mean, deviation = statistics.fmean(rewards), statistics.pstdev(rewards)
     return [(reward - mean) / deviation if deviation else 0.0 for reward in rewards]
+
+
+def call_advantages(kept: KeptBatch, trees: Sequence[ThreadTree]) -> list[list[float]]:
+    """By tree and call: its tree's advantage; or by `credit: causal`, its own.
+
+    Then a call stands beside the calls of other trees that could do as well as it what it did: children with the same
+    prompt, parents that go on in the same round with as good news. It is worth what those that brought the same are
+    worth, more than all of them on average; n / (n - 1) times that, for it is one of them.
+    """
+    of_trees = advantages(kept, trees)
+    if kept.step.credit == "tree":
+        return [[advantage] * len(tree.calls) for tree, advantage in zip(trees, of_trees, strict=True)]
+
+    stands = [[_stand(tree, call) for call in tree.calls] for tree in trees]
+    out = []
+    for tree, own, places in zip(trees, of_trees, stands, strict=True):
+        shares = []
+        for call, (beside, brought) in zip(tree.calls, places, strict=True):
+            peers = [tree.reward or 0.0]
+            alike = [tree.reward or 0.0]
+            for other, others in zip(trees, stands, strict=True):
+                for peer, (of_peer, peer_brought) in zip(other.calls, others, strict=True):
+                    if other is not tree and of_peer == beside and (not peer.path or peer.segment == 0):
+                        peers.append(other.reward or 0.0)
+                        alike += [other.reward or 0.0] if call.path and peer_brought == brought else []
+            count = len(peers)
+            share = own
+            if count > 1:
+                share = (statistics.fmean(alike) - statistics.fmean(peers)) * count / (count - 1)
+            shares.append(0.0 if abs(share) < SAME else share)
+        out.append(shares)
+    return out
+
+
+def _stand(tree: ThreadTree, call: Call) -> tuple[object, object]:
+    """Beside which other calls a call is put, and what its thread brought to the join."""
+    if not call.path:
+        before = [join for join in tree.joins if join.path == () and join.segment == call.segment - 1]
+        return ("root", call.segment, [any(o.value == "solved" for o in join.outcomes) for join in before]), None
+    first = next(c for c in tree.calls if c.path == call.path)
+    twins = [c.path for c in tree.calls if c.path and c.segment == 0 and c.prompt_ids == first.prompt_ids]
+    brought = None
+    for spawn in tree.spawns:
+        for join in tree.joins:
+            if call.path in spawn.children and (join.path, join.segment) == (spawn.path, spawn.segment):
+                number = spawn.children.index(call.path)
+                brought = join.outcomes[number], join.messages[number]
+    return (first.prompt_ids, twins.index(call.path)), brought
 
 
 def counted(kept: KeptBatch, tree: ThreadTree) -> bool:

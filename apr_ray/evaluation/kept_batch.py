@@ -74,6 +74,7 @@ class KeptStep:
     correction_level: str = "token"
     correction_cap: float = 2.0
     correction_from: float = 0.0
+    credit: str = "tree"
     prices: dict[str, float] = field(default_factory=dict)
 
 

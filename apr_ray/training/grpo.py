@@ -290,6 +290,7 @@ def kept_step(
         correction_level=grpo.correction_level,
         correction_cap=grpo.correction_cap,
         correction_from=grpo.correction_from,
+        credit=grpo.credit,
         prices={} if grpo.reward.coin else {e.value: getattr(grpo.reward, e.value) for e in Ending},
     )
 
