@@ -24,6 +24,7 @@ from apr_ray.evaluation.report import summarise, table_rows, write_report, yards
 from apr_ray.metrics.names import is_known
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import grpo_batch
+from apr_ray.rl.rewards import priced
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tracking.progress import ProgressBars
@@ -262,7 +263,7 @@ def test_stale_trees_are_left_out_and_counted(pool: RolloutPool, single_config: 
     reward = RewardClient(single_config.task)
     problems = task.problems("train", 3, 0)
     trees = sample_trees(pool, problems, single_config, step=0)
-    scored = reward.score([p for p in problems for _ in range(2)], trees)
+    scored = priced(reward.score([p for p in problems for _ in range(2)], trees), RewardConfig())
     reward.stop()
     groups = group(scored, 2)
     assert [len(g.trees) for g in groups] == [2, 2, 2]
