@@ -1,4 +1,4 @@
-"""The policy in the package: found by its name, as good as its card says, and what others load is what we run."""
+"""The policies in the package: found by name, as good as its card says, and what others load is what we run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import TreeRequest, run_tree
 from apr_ray.training.run_dir import find_policy
 
-NAME = "apr-sft"
+NAME, AFTER_RL = "apr-sft", "apr-rl"
+NAMES = [AFTER_RL, NAME]
 README = Path(__file__).parents[1] / "README.md"
 POLICY = SHIPPED / NAME / "final"
 PROBLEMS = 60
@@ -33,10 +34,10 @@ MOST_BYTES = 4_000_000
 def test_a_name_stands_for_the_policy_where_nothing_lies_at_that_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shipped_names() == [NAME]
+    assert shipped_names() == NAMES
     assert find_policy(Path(NAME)) == POLICY
     assert resolve_policy("nothing") == Path("nothing")
-    with pytest.raises(AprError, match=f"or one of: {NAME}"):
+    with pytest.raises(AprError, match="or one of: apr-rl, apr-sft"):
         find_policy(Path("nothing"))
     monkeypatch.chdir(tmp_path)
     Path(NAME).mkdir()
@@ -50,26 +51,38 @@ def test_the_shipped_policy_solves_the_readmes_problem() -> None:
     assert solution.tree.children > 0
 
 
-def test_the_card_is_of_these_weights_and_names_no_place() -> None:
-    card = (SHIPPED / NAME / "README.md").read_text()
-    assert f"`{policy_fingerprint(POLICY)}`" in card
-    for part in ("Limits", "Licence", "apr-ray sft -c config.yaml", "fingerprint", "tokens in", "| greedy |"):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_is_of_these_weights_and_names_no_place(name: str) -> None:
+    card = (SHIPPED / name / "README.md").read_text()
+    assert f"`{policy_fingerprint(SHIPPED / name / 'final')}`" in card
+    for part in ("Limits", "Licence", "| greedy |", "| temperature 0.6 |"):
         assert part in card
-    config = load_config([SHIPPED / NAME / "config.yaml"])
+    config = load_config([SHIPPED / name / "config.yaml"])
     assert (config.run.root, config.run.name, config.init_from) == ("runs", None, None)
-    assert sum(f.stat().st_size for f in (SHIPPED / NAME).rglob("*") if f.is_file()) < MOST_BYTES
+    assert sum(f.stat().st_size for f in (SHIPPED / name).rglob("*") if f.is_file()) < MOST_BYTES
 
 
-def test_the_shipped_policy_is_about_as_good_as_its_card_says() -> None:
+def test_the_cards_say_how_the_policies_were_trained() -> None:
+    supervised, after = ((SHIPPED / name / "README.md").read_text() for name in (NAME, AFTER_RL))
+    for part in ("apr-ray sft -c config.yaml", "fingerprint", "tokens in"):
+        assert part in supervised
+    for part in (f"apr-ray train -c config.yaml --init {NAME}", f"weights `{policy_fingerprint(POLICY)}`", "sampled"):
+        assert part in after
+    assert re.search(r"over the policy before, decoded at its best temperature \(.*\), paired: greedy [+-]", after)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shipped_policy_is_about_as_good_as_its_card_says(name: str) -> None:
     """Greedily, on validation problems: the card's are others, so by four standard deviations."""
-    (stated,) = re.findall(r"\| greedy \| ([\d.]+) \|", (SHIPPED / NAME / "README.md").read_text())
-    config = load_config([SHIPPED / NAME / "config.yaml"])
-    task = load_task(read_task(POLICY))
+    policy = SHIPPED / name / "final"
+    (stated,) = re.findall(r"\| greedy \| ([\d.]+) \|", (SHIPPED / name / "README.md").read_text())
+    config = load_config([SHIPPED / name / "config.yaml"])
+    task = load_task(read_task(policy))
     problems = task.problems("validation", PROBLEMS, 0)
-    protocol = task.protocol(task.load_tokenizer(str(POLICY)))
+    protocol = task.protocol(task.load_tokenizer(str(policy)))
 
     async def solve_all() -> list[ThreadTree]:
-        engine = build_engine(EngineConfig(max_sequences=64, cache_slots=64), str(POLICY))
+        engine = build_engine(EngineConfig(max_sequences=64, cache_slots=64), str(policy))
 
         async def solve(number: int, problem: Problem) -> ThreadTree:
             request = TreeRequest(problem, temperature=0.0)

@@ -10,13 +10,7 @@ import typer
 from apr_ray.cli.common import Files, Overrides, app, config_app, console, print_table, read_config, say_next, short
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from apr_ray.core.ledger import ThreadTree
-
-
-DECISIONS = 200
-"""Problems whose demonstrations an evaluation takes its decision points from."""
+    pass
 
 
 @app.command("eval")
@@ -33,22 +27,13 @@ def evaluate_command(
     as_json: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers here.")] = None,
 ) -> None:
     """Accuracy and cost of a policy on problems that it never trained on."""
-    import json
-    from dataclasses import asdict
-
     from apr_ray.config import config_of
     from apr_ray.core.errors import AprError
-    from apr_ray.core.trees_io import write_trees
-    from apr_ray.evaluation.causes import causes
-    from apr_ray.evaluation.comparison import COMPARISON_HEAD, compare, comparison_rows, read_evaluation
-    from apr_ray.evaluation.decisions import decide_by_checkpoint, decision_metrics
+    from apr_ray.evaluation.comparison import COMPARISON_HEAD, comparison_rows, read_evaluation
     from apr_ray.evaluation.decisions import table_rows as decision_rows
-    from apr_ray.evaluation.evaluate import eval_parts, evaluate
+    from apr_ray.evaluation.measure import measure_policy
     from apr_ray.metrics.names import mode_title
     from apr_ray.model.llama import read_task
-    from apr_ray.reward.actor import RewardClient
-    from apr_ray.rollout.pool import RolloutPool
-    from apr_ray.tasks.registry import load_task
     from apr_ray.tracking.progress import ProgressBars
     from apr_ray.training.run_dir import find_policy
     from apr_ray.training.session import ray_session, require_startable
@@ -59,59 +44,28 @@ def evaluate_command(
         if file is not None and not file.absolute().parent.is_dir():
             raise AprError(f"{option} {file}: {file.absolute().parent} is no folder", "Make it first")
     before = read_evaluation(against) if against else None
+
     policy = find_policy(model)
     beside = config_of(policy)  # the run's own bounds and engine, unless told otherwise
     settings = read_config([*([str(beside)] if beside else []), *(config or [])], overrides)
     settings = settings.model_copy(update={"task": read_task(policy)})
     require_startable(settings, policy)
-    what = settings.evaluation
-    task = load_task(settings.task)
-    parts = eval_parts(what, task)
-    problems = parts[0].problems
-    tokenizer = task.load_tokenizer(str(policy))
-    rows: list[tuple[str, str, str]] = []
-    numbers: dict[str, float] = {}
-    trees: dict[str, Sequence[ThreadTree]] = {}
     with ray_session(settings):
-        pool, reward = RolloutPool.start(settings, str(policy)), RewardClient(settings.task)
-        for part in parts:
-            with ProgressBars().bar(f"evaluate, {part.mode}", len(part.problems) * part.samples) as bar:
-                result = evaluate(
-                    pool,
-                    reward,
-                    part.problems,
-                    temperature=part.temperature,
-                    samples=part.samples,
-                    seed=settings.run.seed,
-                    budget=settings.rollout.budget,
-                    bar=bar,
-                )
-            found, prefix = result.metrics(part.mode), f"eval/{part.mode}/"
-            of_trees = [problem for problem in part.problems for _ in range(part.samples)]
-            why = causes(task, tokenizer, of_trees, result.trees)
-            found |= {f"{prefix}cause/{cause}": share for cause, share in why.items()}
-            rows += [(part.mode, name.removeprefix(prefix), f"{value:.4g}") for name, value in found.items()]
-            numbers |= found
-            trees[part.mode] = result.trees
-    print_table(f"{policy}, {len(problems)} {what.split} problems", ("mode", "metric", "value"), rows)
-    if decided := decide_by_checkpoint(policy, task, problems[:DECISIONS], settings.run.seed):
-        title = f"the decision to spawn, at the first one of {len(decided.spawn)} demonstrations"
-        print_table(title, ("", ""), decision_rows(decided))
-        numbers |= decision_metrics(decided)
-    asked: dict[str, object] = {"split": what.split, "problems": len(problems), "samples": what.samples}
-    asked |= {"targets_problems": what.targets_problems, "seed": what.seed}
-    if before is not None:
-        best, changes = compare(before, trees)
-        title = f"against {against}, decoded at its best temperature ({mode_title(best)}): percentage points [95 %]"
-        print_table(title, COMPARISON_HEAD, comparison_rows(changes))
-        over = {change.mode: asdict(change.over_yardstick) for change in changes}
-        asked |= {"yardstick": best, "over_yardstick": over}
+        found = measure_policy(settings, policy, before, ProgressBars())
+
+    asked = settings.evaluation
+    print_table(f"{policy}, {asked.problems} {asked.split} problems", ("mode", "metric", "value"), found.rows())
+    if found.decided:
+        title = f"the decision to spawn, at the first one of {len(found.decided.spawn)} demonstrations"
+        print_table(title, ("", ""), decision_rows(found.decided))
+    if found.changes:
+        best = mode_title(found.yardstick)
+        title = f"against {against}, decoded at its best temperature ({best}): percentage points [95 %]"
+        print_table(title, COMPARISON_HEAD, comparison_rows(found.changes))
     if as_json is not None:
-        as_json.write_text(json.dumps({**asked, "metrics": numbers}, indent=1) + "\n")
+        found.write_numbers(as_json)
     if out is not None:
-        out.mkdir(exist_ok=True)
-        for mode, found_trees in trees.items():
-            write_trees(out / f"{mode}.jsonl", found_trees)
+        found.write_trees(out)
     say_next(f'apr-ray trace {short(policy)} --problem "3 5 7 -> 22"')
 
 
