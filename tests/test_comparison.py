@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from apr_ray.core.engine import FinishReason, VersionSpan
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import SOLVED, Outcome, Spawn, ThreadTree
+from apr_ray.core.ledger import SOLVED, Call, Join, JoinOutcome, Outcome, Spawn, ThreadTree
 from apr_ray.core.trees_io import write_trees
+from apr_ray.core.weights import FIRST_VERSION
+from apr_ray.evaluation.claims import claims_by_confidence, confidence
 from apr_ray.evaluation.comparison import best_mode, compare, comparison_rows, read_evaluation
 from apr_ray.metrics.intervals import t_interval
 from apr_ray.metrics.trees import tree_metrics
@@ -93,3 +97,28 @@ def test_an_evaluation_on_disk_is_a_folder_of_modes_or_a_run(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(AprError, match="holds no evaluation"):
         read_evaluation(tmp_path / "empty")
+
+
+def test_claims_are_binned_by_their_least_likely_token() -> None:
+    """The root's tokens and those of the child that joined a solution count; a sibling's do not."""
+    sure = claiming(-0.1, -0.2, sibling=-9.0, right=True)
+    assert confidence(sure) == pytest.approx(math.exp(-0.2))
+    trees = [sure, claiming(-0.1, -3.0, sibling=-0.1, right=False), claiming(-2.5, -0.1, sibling=-0.1, right=True)]
+    trees.append(replace(sure, outcome=Outcome.NO_ANSWER, verdict="no_answer"))
+    unsure, certain = claims_by_confidence(trees, bins=2)
+    assert (unsure.count, unsure.right) == (2, 0.5)
+    assert (certain.count, certain.right) == (1, 1.0)
+    assert claims_by_confidence([], bins=2) == []
+
+
+def claiming(root: float, child: float, sibling: float, right: bool) -> ThreadTree:
+    def call(path: tuple[int, ...], logprob: float) -> Call:
+        return Call(
+            path, 0, (7,), (1, 2), (-0.05, logprob), (), (), FinishReason.STOP,
+            (VersionSpan(FIRST_VERSION, 0, 2),), FIRST_VERSION, 0, 0, 0.0, 0.0, 0.0, "e",
+        )  # fmt: skip
+
+    calls = (call((), root), call((0,), child), call((1,), sibling))
+    joins = (Join((), 0, (JoinOutcome.SOLVED, JoinOutcome.NO_SOLUTION), ("", ""), (), 0, ("path", "")),)
+    verdict = SOLVED if right else "bad_arithmetic"
+    return ThreadTree("p", 0, calls, spawned(2), joins, "", Outcome.ANSWERED, verdict=verdict)

@@ -45,8 +45,8 @@ def test_a_name_stands_for_the_policy_where_nothing_lies_at_that_path(
 
 
 def test_the_shipped_policy_solves_the_readmes_problem() -> None:
-    (problem,) = re.findall(rf'apr-ray trace {NAME} --problem "([^"]+)"', README.read_text())
-    solution = apr_ray.solve(problem, NAME)
+    (problem,) = re.findall(rf'apr-ray trace {AFTER_RL} --problem "([^"]+)"', README.read_text())
+    solution = apr_ray.solve(problem, AFTER_RL)
     assert solution, solution.verdict
     assert solution.tree.children > 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from apr_ray.config import load_config
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.trees_io import read_trees
+from apr_ray.evaluation.claims import claims_by_confidence
 from apr_ray.evaluation.comparison import compare, read_evaluation
 from apr_ray.evaluation.lanes import lanes_of, render_lanes
 from apr_ray.metrics.intervals import Interval
@@ -93,9 +94,8 @@ def table_rows(summaries: Sequence[Summary], gains: Mapping[str, Interval]) -> l
     return rows
 
 
-def pick_tree(path: Path) -> ThreadTree | None:
+def pick_tree(trees: Sequence[ThreadTree]) -> ThreadTree | None:
     """A tree worth drawing: solved, with the most children; else the one with the most children."""
-    trees = list(read_trees(path))
     return max(trees, key=lambda t: (t.solved and t.children > 0, t.children), default=None)
 
 
@@ -105,7 +105,8 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     after = summaries[-1]
     _plot_accuracy(run / "accuracy.png", summaries)
     _plot_curves(run / "curves.png", read_rows(sft), read_rows(grpo))
-    tree = pick_tree(sorted((grpo / "eval").glob(f"step-{after.step:06d}-*.jsonl"))[-1])  # at the highest temperature
+    trees = list(read_trees(sorted((grpo / "eval").glob(f"step-{after.step:06d}-*.jsonl"))[-1]))  # the highest one
+    tree = pick_tree(trees)
     if tree is not None:
         _plot_tree(run / "tree.png", tree)
     page = run / "report.html"
@@ -113,7 +114,7 @@ def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     asked = f"{config.evaluation.problems} held-out problems, seed {config.run.seed}"
     asked += f", sampled at temperature {config.grpo.temperature:g} in training"
     about = f"{run.name}, {time.strftime('%Y-%m-%d')}: {asked}"
-    _plot_claims(run / "claims.png", read_rows(grpo), config.grpo.reward.claim_threshold)
+    _plot_claims(run / "claims.png", read_rows(grpo), trees, config.grpo.reward.claim_threshold)
     best, gains = yardstick(grpo, summaries)
     table = table_rows(summaries, gains)
     page.write_text(_page(about, table, best, summaries, tree, read_rows(grpo)), encoding="utf-8")
@@ -239,15 +240,16 @@ def _plot_curves(path: Path, sft: Sequence[Mapping[str, float]], grpo: Sequence[
     figure.savefig(path, dpi=120)
 
 
-def _plot_claims(path: Path, grpo: Sequence[Mapping[str, float]], threshold: float) -> None:
-    """The rule that the prices imply, and how the policy keeps it; how sure it is; how it ends."""
+def _plot_claims(
+    path: Path, grpo: Sequence[Mapping[str, float]], trees: Sequence[ThreadTree], threshold: float
+) -> None:
+    """The rule that the prices imply, and how the policy keeps it; how trees end; how sure the policy is."""
     rows = [r for r in grpo if "rollout/accuracy" in r]
     figure, (claims, endings, sure) = _figure(3, 11.0, 3.0)
-    claimed = [r for r in rows if r["rollout/accuracy"] + r["rollout/false_claims"] > 0]
-    right = [100 * r["rollout/accuracy"] / (r["rollout/accuracy"] + r["rollout/false_claims"] / 100) for r in claimed]
-    claims.plot([r["step"] for r in claimed], right, color="#2563eb", label="claims that are right")
+    found = claims_by_confidence(trees)
+    claims.plot([c.confidence for c in found], [100 * c.right for c in found], "o-", color="#2563eb", label="claims")
     claims.axhline(100 * threshold, color="#9aa5b1", ls="--", label="a claim pays above")
-    claims.set(xlabel="GRPO step", ylabel="% of claims", ylim=(0, 100))
+    claims.set(xlabel="least likely token of the claim", ylabel="% of claims that are right", ylim=(0, 100))
     claims.legend(frameon=False, fontsize=8)
 
     steps = [r["step"] for r in rows]
