@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apr_ray.config import Config
+import apr_ray
+from apr_ray.config import Config, differences, load_config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.controls import _train, difference, run_controls
+from apr_ray.training.controls import ARMS, GRPO, _train, difference, run_controls
 from apr_ray.training.run_dir import RunDir
+
+PRESETS = Path(apr_ray.__file__).parent / "presets"
 
 
 def test_an_unknown_arm_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
@@ -69,3 +72,13 @@ def test_one_seed_has_no_interval_over_seeds() -> None:
 def test_other_problems_are_not_compared() -> None:
     with pytest.raises(AprError, match=r"of 1 and 2 problems share 1.*evaluation\.seed"):
         difference([{"a": 0.0}], [{"a": 1.0, "b": 1.0}])
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != GRPO])
+def test_every_arm_is_a_preset_over_the_quickstarts(arm: str) -> None:
+    """Whatever the quickstart's objective is, an arm's settings must go with it."""
+    changed_by_arm = differences(
+        load_config([PRESETS / "quickstart.yaml"]),
+        load_config([PRESETS / f"{name}.yaml" for name in ("quickstart", f"control-{arm}")]),
+    )
+    assert changed_by_arm
