@@ -609,8 +609,9 @@ def test_a_control_trains_the_last_norms_gains_alone(alone: Alone) -> None:
         optimizer.zero_grad()
     expected, start = weights_of(policy), weights_of(fresh_policy()).flat
     for zero, found in enumerate(alone.last_norm):
-        assert np.count_nonzero(found != start) == last.numel(), f"ZeRO stage {zero}: other weights moved too"
-        check_tensors(found - start, expected.flat - start, expected.specs, f"ZeRO stage {zero}, updates")
+        moved = found != start
+        assert np.count_nonzero(moved) == last.numel(), f"ZeRO stage {zero}: other weights moved too"
+        np.testing.assert_allclose(found[moved], expected.flat[moved], rtol=1e-5, err_msg=f"ZeRO stage {zero}")
 
 
 @pytest.mark.slow
