@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from apr_ray.cli.common import Files, Overrides, app, config_app, console, print_table, read_config, say_next, short
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command("eval")

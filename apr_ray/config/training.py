@@ -204,7 +204,7 @@ class GrpoConfig(Section):
     credit: Literal["tree", "causal"] = "tree"
     """`tree`: every call has its tree's advantage, as in the paper. `causal`: a thread is compared with the group's
     threads that were given the same prompt, by the message that each joined with: all that the rest of the tree learns
-    of it. The same expectation with less noise (`rl/credit.py`); it needs `advantage: leave_one_out`."""
+    of it. The same expectation from fewer trained tokens (`rl/credit.py`); it needs `advantage: leave_one_out`."""
     reward: RewardConfig = RewardConfig()
     """What the endings of a tree are worth. By default 1 for a right answer and 0 for all else, as in the paper."""
     clip: PositiveFloat = 0.2

@@ -1,9 +1,9 @@
 """Which call of a tree is answerable for its reward: one advantage per call.
 
-`tree`, as in the paper (section 3.3): every call has its tree's. Most of that is noise. A child without a solution in
-its state says so, rightly, and is praised or blamed for what its siblings found.
+`tree`, as in the paper (section 3.3): every call has its tree's. A child without a solution in its state says so,
+rightly, and is praised or blamed for what its siblings found.
 
-`causal` takes the noise out and leaves the expectation as it is, because threads meet in one place only: a tree's
+`causal` leaves such calls out and the expectation as it is, because threads meet in one place only: a tree's
 reward depends on a thread through the message that it joins with (contract 1). So, among the trees of a group:
 
 - a thread is compared with the threads that were given the same prompt. Its reward is the mean over those of them that
