@@ -77,7 +77,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["eval", "{checkpoint}", "--out", "{checkpoint}/config.json"], "is a file. Give another name"),
         (["eval", "{checkpoint}", "--against", "{tmp}"], "holds no evaluation"),
         (["export", "{tmp}", "--out", "{tmp}/p", "--results", "{tmp}/r.json"], "is no run folder"),
-        (["quickstart", "--from", "{tmp}"], "or one of: apr-sft"),
+        (["quickstart", "--from", "{tmp}"], "or one of: apr-rl, apr-sft"),
         (["sft", "--data", "{tmp}", "run.root={tmp}", "tracking.tracker=none"], "no Parquet files"),
         (["quickstart", "--fast", "--long"], "exclude each other"),
         (["bench", "nope"], "Choose one of engine, gpu, learner, oracle, rollout"),
