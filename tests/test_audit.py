@@ -23,8 +23,10 @@ from apr_ray.core.ledger import SOLVED, Ending, Group, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.evaluation.audit import audit_batch
+from apr_ray.evaluation.audit_ledger import check_verdicts
 from apr_ray.evaluation.kept_batch import KeptBatch, KeptStep, Reported, find_batch, keep_batch, read_batch
 from apr_ray.model.llama import load_policy, save_policy
+from apr_ray.reward.score import score, with_verdict
 from apr_ray.rl.batches import GrpoBatch, grpo_batch
 from apr_ray.rl.losses import grpo_loss, log_ratio, token_logprobs
 from apr_ray.rl.mismatch import Correction, importance_weights, measure_mismatch, tree_sums
@@ -423,3 +425,51 @@ def test_only_the_newest_is_kept_where_asked(kept: KeptBatch, tmp_path: Path) ->
     for number in (3, 4):
         keep_batch(tmp_path, replace(kept.step, step=number), kept.trees, kept.policy, only_newest=True)
     assert [p.name for p in (tmp_path / "batches").iterdir()] == ["step-000004"]
+
+
+def with_problems(kept: KeptBatch, task: CountdownTask) -> KeptBatch:
+    """As training keeps it: with the problems, and the verifier's verdicts."""
+    by_key = {problem.key: problem for problem in task.problems("train", 40, 0)}
+    groups = kept.trees[:: kept.step.group_size]
+    judged = tuple(
+        with_verdict(tree, score(task, by_key[tree.problem_key], tree.outcome, tree.final_text)) for tree in kept.trees
+    )
+    problems = [dict(by_key[tree.problem_key].to_json()) for tree in groups]
+    return replace(kept, trees=judged, step=replace(kept.step, problems=problems))
+
+
+def test_answers_are_verified_again(kept: KeptBatch, task: CountdownTask) -> None:
+    """Faults 14c: rewards were taken as given, so a group without variance could be flipped."""
+    honest = with_problems(kept, task)
+    assert all(finding.agrees for finding in check_verdicts(honest)), check_verdicts(honest)
+
+    flipped = tuple(replace(tree, verdict=SOLVED, reward=1.0) for tree in honest.trees[:2]) + honest.trees[2:]
+    [_, verdicts] = check_verdicts(replace(honest, trees=flipped))
+    assert not verdicts.agrees
+
+    other = replace(honest.trees[0], outcome=Outcome.ANSWERED, final_text="another text")
+    [texts, _] = check_verdicts(replace(honest, trees=(other, *honest.trees[1:])))
+    assert not texts.agrees
+
+
+def test_tokens_with_older_kv_are_no_false_alarm(kept: KeptBatch) -> None:
+    """Faults 13: with `weights.mode: in_flight` a token of these weights may stand on KV of older ones."""
+    tree = kept.trees[0]
+    longest = max(tree.calls, key=lambda c: len(c.sampled_ids))
+    older = (VersionSpan(kept.version, 0, len(longest.sampled_ids), WeightVersion(0, 9)),)
+    off = tuple(lp - 1.0 for lp in longest.logprobs)
+    fresh = audit_batch(edit(kept, logprobs=off))
+    stale = audit_batch(edit(kept, logprobs=off, versions=older))
+    name = "max |Δ logprob|, engine"
+    assert [f.agrees for f in fresh.findings if f.check == name] == [False]
+    assert [f.agrees for f in stale.findings if f.check == name] == [True]
+
+
+def test_a_batch_whose_slow_trees_counted_as_failures_is_refused(kept: KeptBatch, tmp_path: Path) -> None:
+    slow = (replace(kept.trees[0], outcome=Outcome.BOUND_TIME), *kept.trees[1:])
+    folder = keep_batch(tmp_path, kept.step, slow, kept.policy, only_newest=False)
+    assert read_batch(folder).trees == slow
+    data = json.loads((folder / "step.json").read_text())
+    (folder / "step.json").write_text(json.dumps(data | {"format": 5}))
+    with pytest.raises(AprError, match="format 5: trees that the clock ended"):
+        read_batch(folder)

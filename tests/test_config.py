@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from apr_ray.config import Config, RewardConfig, differences, load_config, parse_options, to_yaml
+from apr_ray.cli.common import user_path
+from apr_ray.config import Config, RewardConfig, config_of, differences, load_config, parse_options, to_yaml
 from apr_ray.core.errors import ConfigError
+from apr_ray.model.shipped import resolve_policy
 from apr_ray.tasks.countdown.task import CountdownOptions
 from apr_ray.tasks.registry import load_task
 
@@ -127,3 +135,130 @@ def test_the_papers_objective_is_that_of_its_presets(preset: str) -> None:
     grpo = load_config([PRESETS[0].with_name(f"{preset}.yaml")]).grpo
     assert grpo.reward == RewardConfig()
     assert (grpo.advantage, grpo.loss_mean, grpo.temperature) == ("group", "call", 1.0)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+NAMES = [
+    "1e3", "010", "#x", "12:30", "2026-08-22", "7e5", "no", "off", "true", "12e4567", "x #1", "a: b", "[a", "{", "'",
+    '"',     "~", "0x10", "1_000", ".5", "- a", "*a", "&a", "!a", "%a", "@a", " a", "a ", "é", "a\tb", "?", "=", "a=b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_a_text_field_takes_the_text_as_it_stands(text: str, tmp_path: Path) -> None:
+    """Faults 16: a name could become a number, a date, false or nothing, and no quoting helped."""
+    config = load_config([], [f"run.name={text}", f"tracking.experiment={text}"])
+    assert (config.run.name, config.tracking.experiment) == (text, text)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config([tmp_path / "c.yaml"]) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("grpo.keep_batches=off", "off"),
+        ("run.seed=010", 10),
+        ("sft.tokens=7e5", 700_000),
+        ("grpo.clip=1e-1", 0.1),
+        ("grpo.max_minutes=null", None),
+        ("run.name=null", None),
+        ("grpo.initial_evaluation=no", False),
+        ("engine.server_args={mem_fraction_static: 0.8, quantization: off}", None),
+        ("evaluation.temperatures=[0, 1e0]", (0.0, 1.0)),
+    ],
+)
+def test_other_fields_read_numbers_as_people_write_them(override: str, value: object) -> None:
+    key, _, _ = override.partition("=")
+    options = ["engine.name=sglang"] if key == "engine.server_args" else []
+    found: object = load_config([], [*options, override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == ({"mem_fraction_static": 0.8, "quantization": "off"} if value is None and options else value)
+
+
+def test_a_file_is_read_by_the_same_rules(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: {name: 1e3, seed: 010}\ngrpo: {keep_batches: off}\n")
+    config = load_config([tmp_path / "c.yaml"], [])
+    assert (config.run.name, config.run.seed, config.grpo.keep_batches) == ("1e3", 10, "off")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run: {seed: 1}\nrun: {seed: 2}\n", "key 'run' stands twice"),
+        (b"run:\n  seed: 1\n  seed: 2\n", "key 'seed' stands twice"),
+        (b"\x89PNG\r\n\xff\xfe", "is not YAML"),
+        (b"run: {name: a\x00b}", "is not YAML"),
+        (b"grpo: {clip: .nan}", "grpo.clip"),
+        (b"grpo: {clip: .inf}", "grpo.clip"),
+        (b"run: {seed: 12:30}", "run.seed"),
+    ],
+)
+def test_a_file_that_would_be_misread_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config([tmp_path / "c.yaml"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_a_seed_is_what_all_generators_take(seed: int) -> None:
+    with pytest.raises(ConfigError, match=r"run\.seed"):
+        load_config([], [f"run.seed={seed}"])
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        elif value != {}:
+            yield prefix + key, value
+
+
+def as_override(key: str, value: Any) -> str:
+    """As a person would copy it from `config show`."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+@given(st.data())
+def test_what_config_show_prints_is_read_back_as_overrides_and_as_a_file(data: st.DataObject) -> None:
+    """All keys of the config, some of their texts drawn."""
+    texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+    drawn = {key: data.draw(texts.filter(lambda text: text != "null")) for key in ("run.name", "tracking.experiment")}
+    numbers = {"run.seed": data.draw(st.integers(0, 2**32 - 1)), "grpo.clip": data.draw(st.floats(1e-9, 1e9))}
+    preset = data.draw(st.sampled_from([None, *(p for p in PRESETS if p.stem in ("quickstart", "paper-apr"))]))
+    config = load_config([preset] if preset else [], [as_override(k, v) for k, v in {**drawn, **numbers}.items()])
+    assert config.run.name == drawn["run.name"]
+
+    shown = config.model_dump(mode="json")
+    assert load_config([], [as_override(key, value) for key, value in leaves(shown)]) == config
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "c.yaml"
+        file.write_text(to_yaml(config), encoding="utf-8")
+        assert load_config([file]) == config
+
+
+def test_home_is_expanded_wherever_a_path_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Faults 17: `run.root=~/x` made a folder named ~, which a user then removed with rm -r ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("run: {root: ~/runs}\nweights: {folder: ~/w}\n")
+    config = load_config([tmp_path / "c.yaml"], ["init_from=~/p"])
+    assert (config.run.root, config.weights.folder, config.init_from) == (
+        f"{tmp_path}/runs", f"{tmp_path}/w", f"{tmp_path}/p",
+    )  # fmt: skip
+    assert resolve_policy("~/p") == tmp_path / "p"
+    assert user_path("~/p") == tmp_path / "p"
+    with pytest.raises(ConfigError, match="a path is empty"):
+        load_config([], ["run.root="])
+
+
+def test_another_programs_config_file_is_no_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Faults 19: any config.yaml up to three folders above a policy made it unusable."""
+    policy = tmp_path / "run" / "final"
+    policy.mkdir(parents=True)
+    for text in ("foo: 1\n", "- a\n", "a: [", ""):
+        (tmp_path / "config.yaml").write_text(text)
+        assert config_of(policy) is None
+        assert "is no run's config" in caplog.text
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(Config()))
+    assert config_of(policy) == tmp_path / "run" / "config.yaml"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from toy_demonstrations import toy_demonstrations
 
 from apr_ray.config import DataConfig, TaskConfig
 from apr_ray.core.errors import AprError
-from apr_ray.data.demonstrations import Demonstrations, solve_rows, write_demonstrations
+from apr_ray.data import demonstrations
+from apr_ray.data.demonstrations import Demonstrations, _require_parts, solve_rows, write_demonstrations
 from apr_ray.tasks.countdown.task import CountdownTask
 
 
@@ -72,3 +76,33 @@ def test_demonstrations_none_of_which_fits_are_an_error(
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AprError, match="no Parquet files"):
         Demonstrations.load(tmp_path)
+
+
+def test_a_part_that_another_machine_kept_is_an_error(
+    ray_local: None, task: CountdownTask, task_config: TaskConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults 2: what other nodes wrote was counted as too long, and training went on with the rest."""
+
+    def elsewhere(folder: Path, parts: Any, *others: Any) -> None:
+        next(folder.glob("*.parquet")).unlink()
+        _require_parts(folder, parts, *others)
+
+    monkeypatch.setattr(demonstrations, "_require_parts", elsewhere)
+    with pytest.raises(AprError, match=r"1 of \d+ files of demonstrations are not in .*storage that all nodes share"):
+        write_demonstrations(task.problems("train", 30, 0), task_config, DataConfig(workers=2), 5, tmp_path / "d")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next(
+    ray_local: None, task: CountdownTask, task_config: TaskConfig, tmp_path: Path
+) -> None:
+    """Faults 26c."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / f".d.partial-{demonstrations.HOST}-{ended.pid}"
+    lives = tmp_path / f".d.partial-{demonstrations.HOST}-{os.getppid()}"
+    for folder in (left, lives):
+        folder.mkdir()
+    write_demonstrations(task.problems("train", 3, 0), task_config, DataConfig(workers=1), 5, tmp_path / "d")
+    assert not left.exists()
+    assert lives.exists(), "another command may be writing there"

@@ -210,9 +210,10 @@ def greedy(policy: Any, prompt: Sequence[int], tokens: int) -> list[int]:
 
 @contextmanager
 def started(name: str, checkpoint: Path, device: str) -> Iterator[Subject]:
-    settings = {"name": name, "max_sequences": SEQUENCES, "stream_interval": INTERVAL, **ENGINES[name]}
+    settings = {"name": name, **ENGINES[name]}
     if name != "sglang_server":
-        settings |= {"device": device, **(ON_CUDA.get(name, {}) if device == "cuda" else {})}
+        settings |= {"max_sequences": SEQUENCES, "stream_interval": INTERVAL, "device": device}
+        settings |= ON_CUDA.get(name, {}) if device == "cuda" else {}
     with ExitStack() as stack:
         server = None
         if name == "sglang_server":

@@ -75,14 +75,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def config(single_config: Config, checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Config]:
-    settings: dict[str, Any] = {"name": request.param, "max_sequences": 8}
+    settings: dict[str, Any] = {"name": request.param}
     with ExitStack() as stack:
         if request.param == "sglang_server":
             server = stack.enter_context(sglang_server(checkpoint))
             SERVERS.append(server)
             settings |= {"server_urls": [server.url]}
         else:
-            settings |= {"device": "cpu"}
+            settings |= {"device": "cpu", "max_sequences": 8}
         yield single_config.model_copy(update={"engine": EngineConfig.model_validate(settings)})
 
 
@@ -110,9 +110,9 @@ def test_trees_sync_and_check(pool: RolloutPool, config: Config, checkpoint: Pat
     learner.change()
     version = WeightVersion(0, 1)
     with pytest.raises(MismatchError):
-        check_engines(learner, pool, prompts, 1.0, WeightsConfig(), version)  # type: ignore[arg-type]
+        check_engines(learner, pool, prompts, 1.0, WeightsConfig(), version, True)  # type: ignore[arg-type]
     ObjectStoreTransport(WeightsConfig()).broadcast(learner, pool, version)  # type: ignore[arg-type]
-    delta = check_engines(learner, pool, prompts, 1.0, WeightsConfig(), version)  # type: ignore[arg-type]
+    delta = check_engines(learner, pool, prompts, 1.0, WeightsConfig(), version, True)  # type: ignore[arg-type]
     assert delta < 1e-5
     trees = [tree for _, tree in pool.run(requests)]
     assert {v for t in trees for v in t.versions()} == {version}

@@ -74,7 +74,7 @@ class Stub:
     def sample_for_check(
         self, prompts: Sequence[Any], tokens: int, temperature: float, timeout_s: float
     ) -> list[CheckSample]:
-        return [CheckSample("worker-00", (7,), (1,), (-0.1,))]
+        return [CheckSample("worker-00", (7,), (1,), (-0.1,), (self.version,))]
 
     def logprobs(self, sequences: Sequence[Any], temperature: float) -> list[np.ndarray[Any, Any]]:
         return [np.array([0.0, -0.1]) for _ in sequences]

@@ -41,8 +41,8 @@ PROBLEM = CountdownProblem((3, 5, 7), 22)
 TOKENIZER = build_tokenizer()
 TAGS = (SPAWN_OPEN, SPAWN_CLOSE, JOIN_OPEN, JOIN_CLOSE)
 VERDICTS = {
-    "solved", "text_too_long", "no_answer", "answer_too_long", "malformed", "not_from_root", "wrong_state",
-    "bad_arithmetic", "wrong_numbers", "wrong_node", "wrong_target", "unfinished", "trailing_text",
+    "solved", "text_too_long", "no_answer", "answer_too_long", "no_operation",
+    "bad_arithmetic", "wrong_numbers", "wrong_target", "unfinished",
 }  # fmt: skip
 SPAWN_REASONS = {"spawn_unclosed", "spawn_malformed", "spawn_empty", "spawn_unknown_node"}
 REOPENED = "spawn_reopened"  # named by the runtime, the others by the protocol

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apr_ray.tasks.countdown import oracle
 from apr_ray.tasks.countdown.oracle import is_solvable, reachable_table, reachable_targets
 
 
@@ -77,3 +78,16 @@ def test_share_of_the_papers_space_that_is_solvable() -> None:
 def test_24_game_without_fractions() -> None:
     """1,362 of 1,820 multisets over 1..13 make 24 with rationals; 1,346 of them need no fraction and no negative."""
     assert sum(is_solvable(m, 24) for m in combinations_with_replacement(range(1, 14), 4)) == 1346
+
+
+def test_the_cache_is_bounded_by_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults 25: bounded by entries, five- and six-number spaces took gigabytes."""
+    monkeypatch.setattr(oracle, "MOST_VALUES", 2000)
+    parts = oracle._Parts()
+    monkeypatch.setattr(oracle, "_PARTS", parts)
+    rng = random.Random(0)
+    for _ in range(20):
+        numbers = [rng.randint(1, 30) for _ in range(4)]
+        assert reachable_targets(numbers) == brute_force(numbers)
+        assert sum(map(len, parts.values())) <= parts.values_held <= 2000
+    assert parts

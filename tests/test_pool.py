@@ -74,7 +74,7 @@ class Actor:
         return request, self.version
 
     def sample_for_check_(self, number: int, prompt: tuple[int, ...], tokens: int, temperature: float) -> Any:
-        return (number,), (float(self.version),)
+        return (number,), (float(self.version),), ()
 
 
 @dataclass

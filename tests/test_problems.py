@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from apr_ray.config import load_config
 from apr_ray.core.errors import AprError
 from apr_ray.tasks.countdown.oracle import is_solvable
 from apr_ray.tasks.countdown.problem import SPLITS, CountdownProblem, ProblemSpace
+from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tasks.registry import load_task
 
 SMALL = ProblemSpace(count=3, low=1, high=15, target_low=10, target_high=60, heldout_fraction=0.1)
@@ -90,3 +92,40 @@ def test_a_sampled_split_that_is_too_small_ends_too(monkeypatch: pytest.MonkeyPa
 def test_problems_that_are_none_are_refused(numbers: tuple[int, ...], target: int, what: str) -> None:
     with pytest.raises(AprError, match=what):
         CountdownProblem(numbers, target)
+
+
+@pytest.mark.parametrize(
+    ("problem", "strange"),
+    [
+        ("3 5 7 -> 22", ""),
+        ("25 50 75 100 3 6 -> 952", "6 numbers, it was trained on 3"),
+        ("3 5 70 -> 22", r"numbers outside 1\.\.12"),
+        ("3 5 7 -> 105", r"a target outside 1\.\.60"),
+    ],
+)
+def test_what_a_policy_has_never_seen_is_said(task: CountdownTask, problem: str, strange: str) -> None:
+    """Faults 26b."""
+    assert re.match(strange, task.unfamiliar(task.problem_from_text(problem)))
+    assert bool(strange) == bool(task.unfamiliar(task.problem_from_text(problem)))
+
+
+def test_numbers_whose_product_the_grammar_cannot_read_are_refused(task: CountdownTask) -> None:
+    """Faults 26b: products of six numbers of six digits were called malformed."""
+    task.problem_from_text("999 999 999 999 999 999 -> 1")
+    task.problem_from_text("999999 999999 999999 -> 1")
+    for text in ("9999 999 999 999 999 999 -> 1", "1 2 -> 1234567890123456789", "1 2 -> " + "9" * 5000):
+        with pytest.raises(AprError, match="digits"):
+            task.problem_from_text(text)
+    with pytest.raises(AprError, match="have 20 digits together, 18 are read"):
+        task.problem_from_json({"numbers": [10**18, 2], "target": 3})
+
+
+def test_full_width_digits_are_digits(task: CountdownTask) -> None:
+    """As an input method for Chinese or Japanese writes them; what the policy is given is ASCII."""
+    assert task.problem_from_text("\uff13 5 7 -> \uff12\uff12").key == "3,5,7->22"
+
+
+def test_an_unsolvable_problem_says_which_arithmetic_counts(task: CountdownTask) -> None:
+    """Faults 21: 8 / (3 - 8 / 3) is 24."""
+    with pytest.raises(AprError, match="every step gives a whole number that is not negative"):
+        task.require_solvable(task.problem_from_text("3 3 8 8 -> 24"))

@@ -317,8 +317,9 @@ def test_prompts_have_no_weight_and_a_replaced_token_is_trained_as_it_was_sample
     np.testing.assert_array_equal(batch.trees, [0, 1])
 
 
-def test_a_tree_whose_engine_failed_says_nothing_of_the_policy() -> None:
-    """Seven trees that solved and one whose engine died: nothing to learn from, no matter what it wrote."""
+@pytest.mark.parametrize("outcome", [Outcome.ENGINE_ERROR, Outcome.BOUND_TIME, Outcome.CANCELLED])
+def test_a_tree_that_the_machine_ended_says_nothing_of_the_policy(outcome: Outcome) -> None:
+    """Seven trees that solved and one whose engine died, or was slow: nothing to learn from, whatever it wrote."""
 
     def tree(sample: int, outcome: Outcome, reward: float) -> ThreadTree:
         call = Call(
@@ -328,7 +329,7 @@ def test_a_tree_whose_engine_failed_says_nothing_of_the_policy() -> None:
         return ThreadTree("p", sample, (call,), (), (), "", outcome, reward=reward)
 
     solved = [tree(i, Outcome.ANSWERED, 1.0) for i in range(7)]
-    failed = tree(7, Outcome.ENGINE_ERROR, 0.0)
+    failed = tree(7, outcome, 0.0)
     found = grpo_batch([Group("p", (*solved, failed)), Group("q", (failed,))], skip_zero_advantage=True)
     assert len(found.batch) == 0
     assert found.dispositions == {Disposition.ZERO_ADVANTAGE: 14, Disposition.ERROR: 4}
@@ -454,6 +455,7 @@ def test_every_ending_has_its_price(outcome: Outcome) -> None:
         Outcome.NO_ANSWER: -0.01,
         Outcome.INVALID_SPAWN: -0.4,
         Outcome.ENGINE_ERROR: 9.0,
+        Outcome.BOUND_TIME: 9.0,
         Outcome.CANCELLED: 9.0,
     }.get(outcome, -0.3)
     assert price_of(tree, PRICES) == expected
@@ -485,3 +487,23 @@ def test_a_token_without_loss_gives_no_gradient_however_far_the_reference_is() -
     assert logprobs.grad is not None
     assert logprobs.grad[0, 0] == 0
     assert logprobs.grad.isfinite().all()
+
+
+def test_a_token_far_from_either_policy_ends_no_run() -> None:
+    """Faults 7: exp of 89 is no float32, and one such token made loss and gradient infinite."""
+    logprobs = torch.tensor([[-0.1, -95.0, -0.2]], requires_grad=True)
+    far, near = torch.tensor([[-0.1, -0.5, -95.0]]), torch.tensor([[-0.3, -0.5, -0.1]])
+    for old, reference in ((far, near), (near, far)):
+        result = grpo_loss(
+            logprobs,
+            old,
+            torch.tensor([[1.0, -1.0, -1.0]]),
+            torch.ones(1, 3) / 3,
+            torch.zeros(1, 3),
+            clip=0.2,
+            kl_coefficient=0.1,
+            reference_logprobs=reference,
+        )
+        [gradient] = torch.autograd.grad(result.loss, [logprobs])
+        assert torch.isfinite(result.loss)
+        assert torch.isfinite(gradient).all()

@@ -30,6 +30,7 @@ from apr_ray.core.weights import WeightVersion
 from apr_ray.engines import sglang_engine
 from apr_ray.engines.registry import build_engine
 from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
+from apr_ray.engines.sglang_base import SGLangBase
 from apr_ray.engines.sglang_engine import SGLangEngine
 from apr_ray.model.llama import load_policy
 from apr_ray.model.state import pack_weights, trainable_parameters
@@ -593,3 +594,25 @@ def test_one_that_does_not_come_to_rest_is_dead(engine_over: Callable[..., SGLan
 
     asyncio.run(main())
     assert "release None" not in sglang.steps
+
+
+def test_a_token_whose_weights_sglang_does_not_name_ends_the_request(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults 14f: tokens after the last version span were dropped in silence."""
+    base = object.__new__(SGLangBase)
+    emitted: list[tuple[list[int], WeightVersion]] = []
+    monkeypatch.setattr(
+        SGLangBase, "_emit", lambda self, running, ids, *others, version: emitted.append((ids, version))
+    )
+    running = SimpleNamespace(version=WeightVersion(0, 0))
+
+    def cut(*spans: tuple[int, int]) -> None:
+        told = [{"version": f"0.{i}", "start": a, "end": b} for i, (a, b) in enumerate(spans)]
+        base._emit_by_version(running, [5, 6, 7, 8], [-0.1] * 4, told, 0, None, "")  # type: ignore[arg-type]
+
+    cut((0, 2), (2, 4))
+    assert emitted == [([5, 6], WeightVersion(0, 0)), ([7, 8], WeightVersion(0, 1))]
+    for spans in ([(0, 3)], [], [(0, 1), (2, 4)]):
+        with pytest.raises(RuntimeError, match=r"SGLang names the weights of \d tokens, and sampled 4"):
+            cut(*spans)

@@ -196,6 +196,7 @@ def test_an_abort_names_every_request(checkpoint: Path) -> None:
         ({"context_length": 500, "enable_priority_scheduling": True}, "a context of 500 tokens, 600 are asked for"),
         ({"incremental_streaming_output": True}, "without --incremental-streaming-output"),
         ({}, "with --enable-priority-scheduling"),
+        ({"stream_interval": 1, "enable_priority_scheduling": True}, "Start it with --stream-interval 16"),
         ({"version": "0.5.17"}, r"is 0.5.17, which does not tell .* Use SGLang 0.5.23 or newer"),
     ],
 )
@@ -230,3 +231,21 @@ def test_each_worker_has_its_own_server(checkpoint: Path) -> None:
     config = EngineConfig.model_validate({**engine, "server_urls": ["http://a:1", "http://127.0.0.1:9"]})
     with pytest.raises(AprError, match=r"no SGLang server at http://127\.0\.0\.1:9"):
         build_engine(config, str(checkpoint), place=1)
+
+
+def test_a_key_never_goes_to_a_proxy(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults 24: requests at its start obeyed http_proxy, and had the key with them."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("SGLANG_API_KEY", KEY)
+    server = ScriptedServer()
+    server.key = KEY
+    with_client(server, checkpoint, nothing)
+
+
+@pytest.mark.parametrize("option", [{"max_sequences": 8}, {"stream_interval": 4}])
+def test_what_a_server_was_started_with_is_not_set_here(option: dict[str, int]) -> None:
+    engine = {"name": "sglang_server", "server_urls": ["http://a:1"], **option}
+    with pytest.raises(ConfigError, match="which engine sglang_server knows nothing of"):
+        parse_config({"engine": engine, "rollout": {"workers": 1}})

@@ -129,3 +129,16 @@ def test_an_export_needs_results_and_a_new_folder(tmp_path: Path) -> None:
     with pytest.raises(AprError, match=r"trained no policy.*its folder sft or grpo"):
         write_policy_folder(POLICY, run, tmp_path / "results.json", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_plain_pipeline_of_transformers_runs_the_policy_with_its_cache() -> None:
+    """Faults 14h: every checkpoint said `use_cache: false`, and whoever loaded it computed each prefix again."""
+    from transformers import pipeline
+
+    folder = SHIPPED / "apr-sft" / "final"
+    generate = pipeline("text-generation", model=str(folder), tokenizer=str(folder), device="cpu")
+    assert generate.model.config.use_cache
+    assert generate.model.generation_config.use_cache
+    problem = "Moving to Node #0\nCurrent State: 22:[3, 5, 7], Operations: []"
+    [answer] = generate(problem, max_new_tokens=20, do_sample=False)
+    assert answer["generated_text"].startswith(problem + "\n")

@@ -214,3 +214,11 @@ def test_a_foreign_tokenizer_that_merges_tags_is_refused() -> None:
         CountdownTokenizer(foreign, "<eos>", "<pad>")
     foreign.add_tokens(["<Calling Sub Searches>", "<End Calling Sub Searches>", "<Sub Searches>", "<End Sub Searches>"])
     assert CountdownTokenizer(foreign, "<eos>", "<pad>").tag_ids
+
+
+def test_a_tokenizer_whose_tags_are_special_is_refused() -> None:
+    """Faults 4: it passed, texts were decoded without the tags, and every spawn was `spawn_unclosed`."""
+    own = build_tokenizer()
+    own.backend.add_special_tokens(list(own.tag_ids))
+    with pytest.raises(AprError, match="is a special token in this tokenizer"):
+        CountdownTokenizer(own.backend, own.eos, own.pad)

@@ -23,6 +23,8 @@ from apr_ray.core.weights import WeightVersion, layout_of
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.engines.torch_engine import engine as engine_module
 from apr_ray.engines.torch_engine import rows as rows_module
+from apr_ray.engines.torch_engine.decoder import Decoder, Span
+from apr_ray.engines.torch_engine.rows import passes
 from apr_ray.engines.torch_engine.sampler import Sampling, sample, uniforms
 from apr_ray.model.llama import load_policy, load_weights
 from apr_ray.model.state import flatten, pack_weights, trainable_parameters
@@ -162,8 +164,8 @@ def test_below_float32_it_computes_in_what_was_asked_for_and_stays_near(
             expected = reference(policy, prompt, ids_of(chunks), 1.0)
             differences += np.abs(logprobs_of(chunks) - expected).tolist()
     assert {engine.decoder.keys.dtype, engine.decoder.embed.dtype} == {torch.bfloat16}
-    assert 1e-4 < np.mean(differences) < 0.05
-    assert max(differences) < 0.5
+    assert 1e-4 < np.mean(differences) < 0.02
+    assert max(differences) < 0.2
 
 
 def test_rows_of_like_length_attend_together(checkpoint: Path) -> None:
@@ -506,3 +508,65 @@ def test_an_idle_engine_waits_for_what_comes_one_by_one(checkpoint: Path, monkey
 
     asyncio.run(one_by_one())
     assert engine.stats().steps == 3
+
+
+def test_no_forward_pass_is_longer_than_its_bound(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults 14e: all prompts that came in, and all running rows after an update, went in one pass."""
+    engine = engine_of(checkpoint, max_sequences=8, cache_slots=0)
+    asked = [request(f"r{i}", range(5, 5 + 6 * (1 + i % 4)), 20, 1.0, seed=i) for i in range(8)]
+    expected = [ids_of(chunks) for chunks in run_all(engine, asked)]
+
+    monkeypatch.setattr("apr_ray.engines.torch_engine.engine.PASS_TOKENS", 30)
+    widths: list[int] = []
+    forward = Decoder.forward
+
+    def counted(decoder: Decoder, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        widths.append(len(tokens))
+        return forward(decoder, tokens, *others)
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    again = engine_of(checkpoint, max_sequences=8, cache_slots=0)
+    assert [ids_of(chunks) for chunks in run_all(again, asked)] == expected
+    assert len(widths) > 20, "the prompts took several passes"
+    assert max(widths) <= 30
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=6),
+    st.integers(1, 100),
+)
+def test_passes_hold_every_row_once_and_no_more_tokens_than_they_may(spans: list[tuple[int, int]], limit: int) -> None:
+    first, given_spans = 0, []
+    for rows, width in spans:
+        given_spans.append(Span(first, rows, width, width, True))
+        first += rows
+    found = passes(given_spans, limit)
+    rows_of = [row for spans_of in found for s in spans_of for row in range(s.first, s.first + s.rows)]
+    assert rows_of == list(range(first))
+    for spans_of in found:
+        assert spans_of
+        assert sum(s.rows * s.width for s in spans_of) <= limit or sum(s.rows for s in spans_of) == 1
+
+
+def test_what_waits_and_is_aborted_ends_before_a_row_is_free(checkpoint: Path) -> None:
+    engine = engine_of(checkpoint, max_sequences=1, cache_slots=0)
+
+    async def main() -> FinishReason | None:
+        long = asyncio.create_task(collect(engine, request("long", [5, 6, 7], 500)))
+        waits = asyncio.create_task(collect(engine, request("waits", [5, 6], 5)))
+        while not engine.waiting or not engine.rows.active:  # noqa: ASYNC110  the engine's own state
+            await asyncio.sleep(0)
+        await engine.abort("waits")
+        chunks = await waits
+        assert not long.done()
+        await engine.close()
+        await long
+        return chunks[-1].finish
+
+    assert asyncio.run(main()) is FinishReason.ABORTED
+
+
+@pytest.mark.parametrize("temperature", [1e-60, 1e-5, float("inf"), float("nan"), -1.0])
+def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(temperature: float) -> None:
+    with pytest.raises(AprError, match="temperature is"):
+        SamplingParams(temperature)

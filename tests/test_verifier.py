@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,8 +45,25 @@ def test_the_words_of_a_join_tag_are_no_goal_line() -> None:
     ("old", "new", "reason"),
     [
         ("3*5=15, Res", "3*5=16, Res", "bad_arithmetic"),
-        ("3*5=15, Resulting Numbers: [7, 15]", "3*7=21, Resulting Numbers: [7, 15]", "wrong_numbers"),
+        ("3*5=15, Res", "3*7=21, Res", "wrong_numbers"),
+        ("Exploring Operation: 7+15=22, Resulting Numbers: [22]\n", "", "unfinished"),
+        ("Exploring Operation: 7+15=22", "Exploring Operation: 15-7=8", "wrong_target"),
+        ("Exploring Operation", "Exploring operation", "no_operation"),
+        (GOAL, "Exploring Operation: 22+0=22, Resulting Numbers: [22]\n" + GOAL, "wrong_numbers"),
+    ],
+)
+def test_operations_that_do_not_solve_are_refused_for_a_named_reason(old: str, new: str, reason: str) -> None:
+    assert old in ANSWER
+    verdict = verify_answer(PROBLEM, ANSWER.replace(old, new))
+    assert not verdict
+    assert (verdict.reason, verdict.form) == (reason, "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "form"),
+    [
         ("Resulting Numbers: [7, 15]", "Resulting Numbers: [5, 15]", "wrong_numbers"),
+        ("Resulting Numbers: [7, 15]", "Resulting Numbers: (7, 15)", "malformed"),
         ("22:[3, 5, 7], Op", "22:[3, 5, 22], Op", "wrong_state"),
         ("Operations: ['3*5=15']", "Operations: []", "wrong_state"),
         ("Moving to Node #0,0", "Moving to Node #0,1", "wrong_node"),
@@ -54,14 +73,19 @@ def test_the_words_of_a_join_tag_are_no_goal_line() -> None:
         ("22,22 equal", "22,22 unequal: No Solution\n22,22 equal", "wrong_target"),
         ("Generated Node #0,0", "Generated Node #1,0", "wrong_node"),
         (ANSWER, ANSWER + "Moving to Node #0\n", "trailing_text"),
+        ("Moving to Node #0\n", "so I think\nMoving to Node #0\n", "malformed"),
     ],
 )
-def test_every_altered_answer_is_refused_for_a_named_reason(old: str, new: str, reason: str) -> None:
+def test_a_fault_of_form_has_a_name_and_leaves_the_answer_right(old: str, new: str, form: str) -> None:
+    """Faults 14b: the operations decide, as in the paper's released code."""
     assert old in ANSWER
-    altered = ANSWER.replace(old, new, 1)
-    verdict = verify_answer(PROBLEM, altered)
-    assert not verdict
-    assert verdict.reason == reason
+    verdict = verify_answer(PROBLEM, ANSWER.replace(old, new, 1))
+    assert verdict
+    assert (verdict.reason, verdict.form) == ("solved", form)
+
+
+def test_a_right_answer_has_no_fault_of_form() -> None:
+    assert verify_answer(PROBLEM, ANSWER).form == ""
 
 
 def test_reused_and_unused_numbers_are_refused() -> None:
@@ -83,7 +107,7 @@ def test_another_problems_answer_is_refused() -> None:
 def test_code_is_text_to_the_verifier(tmp_path: object) -> None:
     """Regression: the released code calls eval() on model output."""
     bomb = GOAL + ANSWER.replace("3*5=15, Res", "__import__('os').abort()=15, Res")
-    assert verify_solution(PROBLEM, bomb).reason == "malformed"
+    assert verify_solution(PROBLEM, bomb).reason == "wrong_numbers"
 
 
 def test_an_endless_answer_is_refused_by_its_size() -> None:
@@ -94,10 +118,13 @@ def test_an_endless_answer_is_refused_by_its_size() -> None:
 
 @settings(max_examples=200)
 @given(st.integers(0, len(ANSWER) - 1), st.sampled_from("0123456789+-*/=[],#:' \nx"))
-def test_one_changed_character_never_makes_a_wrong_answer_right(at: int, character: str) -> None:
+def test_one_changed_character_is_a_fault_of_form_or_makes_the_answer_wrong(at: int, character: str) -> None:
     altered = ANSWER[:at] + character + ANSWER[at + 1 :]
     verdict = verify_answer(PROBLEM, altered)
-    assert bool(verdict) == (altered == ANSWER)
+    written = re.findall("^Exploring Operation: ([^,]*),", altered, re.MULTILINE)
+    if bool(verdict) != (written == ["3*5=15", "7+15=22"]):  # another right operation, or what follows one changed
+        assert re.match("^(3\\*5|5\\*3)=15", "".join(written)) or not verdict
+    assert (verdict.reason, verdict.form) == ("solved", "") if altered == ANSWER else verdict.form or not verdict
 
 
 @pytest.mark.parametrize("seed", range(40))

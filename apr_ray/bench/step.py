@@ -106,7 +106,7 @@ def _step(
     transport.broadcast(learners, pool, version)
     times.append(time.perf_counter())
     prompts = [tree.calls[0].prompt_ids for tree in trees[::group_size]][: config.weights.check_calls]
-    delta = check_engines(learners, pool, prompts, grpo.temperature, config.weights, version)
+    delta = check_engines(learners, pool, prompts, grpo.temperature, config.weights, version, config.engine.exact)
     times.append(time.perf_counter())
     taken = {name: b - a for name, a, b in zip(PHASES, times[:-1], times[1:], strict=True)}
     return taken | {"delta_logprob": delta}, version

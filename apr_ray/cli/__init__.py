@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -11,6 +12,17 @@ from apr_ray.cli import build, look  # in the order of the help
 from apr_ray.cli.common import app
 from apr_ray.core.errors import AprError
 
+FORESEEN = {
+    errno.EACCES: "Choose a path where you may write and read, or change its permissions",
+    errno.EPERM: "Choose a path where you may write and read, or change its permissions",
+    errno.EROFS: "Choose a path on another disk",
+    errno.EISDIR: "Give the name of a file",
+    errno.ENOTDIR: "A part of the path is a file: give another path",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 65536",
+    errno.ENFILE: "The machine has too many files open: end something",
+}
+"""Errors of the system that need no traceback, and what to do about them."""
 __all__ = ["app", "build", "explain", "look", "main"]
 
 
@@ -26,8 +38,8 @@ def explain(error: BaseException) -> str | None:
     if _says_disk_full(error):
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}. Free space and go on with --resume: the last complete checkpoint is untouched"
-    if isinstance(error, OSError) and error.errno == errno.EACCES:
-        return f"no permission for {error.filename}. Choose another run.root"
+    if isinstance(error, OSError) and error.filename is not None and error.errno in FORESEEN:
+        return f"{error.filename}: {error.strerror}. {FORESEEN[error.errno]}"
     return None
 
 
@@ -42,6 +54,9 @@ def _says_disk_full(error: BaseException) -> bool:
 def main() -> None:
     """Entry point: errors in one line with the remedy, `--debug` for the traceback, Ctrl-C ends everything."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray's about GPUs
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone ends no command
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         app(args=arguments)  # usage errors and Ctrl-C end here, with an exit status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,11 +13,15 @@ from apr_ray.cli.common import (
     Overrides,
     Resume,
     app,
+    begun,
     console,
     final_table,
     find_config,
+    path_argument,
+    path_option,
     print_table,
     read_config,
+    require_writable,
     run_folder,
     say_next,
     short,
@@ -31,9 +36,7 @@ def quickstart(
     long: Annotated[bool, typer.Option("--long", help="About an hour: more of everything.")] = False,
     begin: Annotated[
         Optional[Path],
-        typer.Option(
-            "--from", help="GRPO from this policy, without the supervised phase: a run, a checkpoint, apr-sft."
-        ),
+        path_option("GRPO from this policy, without the supervised phase: a run, a checkpoint, apr-sft.", "--from"),
     ] = None,
     config: Files = None,
     resume: Resume = None,
@@ -50,13 +53,14 @@ def quickstart(
     run = run_folder(presets if resume is None else config, [*(overrides or []), *_init(begin)], resume, "quickstart")
     if fast:
         console().print("[yellow]--fast is a smoke run: it shows that every part works, not that the model learns.[/]")
-    grpo = run_quickstart(run.config, run, ProgressBars())
+    with begun(run):
+        grpo = run_quickstart(run.config, run, ProgressBars())
+    final_table(grpo)  # before the report: it is what the run was for
     page = write_report(run.path, run.path / "sft", grpo)
-    final_table(grpo)
     tracking = run.config.tracking
-    store = tracking.uri or f"sqlite:///{run.path.parent}/mlflow.db"
+    store = shlex.quote(tracking.uri or f"sqlite:///{run.path.parent}/mlflow.db")
     say_next(
-        f"the report            {page}",
+        f"the report            {short(page)}",
         f"one tree as lanes     apr-ray trace {short(run.path)}",
         *([f"metrics and traces    mlflow ui --backend-store-uri {store}"] if tracking.tracker == "mlflow" else []),
     )
@@ -64,7 +68,7 @@ def quickstart(
 
 @app.command()
 def data(
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, path_option("Folder to write.")],
     overrides: Overrides = None,
     config: Files = None,
 ) -> None:
@@ -76,23 +80,25 @@ def data(
     from apr_ray.training.session import ray_session
 
     settings = read_config(config, overrides)
+    out = out.absolute()  # a task may run in another folder, or on another machine
     if out.exists():
         raise AprError(f"{out} exists", "Choose another --out, or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AprError(f"cannot make {out.parent}: {error.strerror}", "Choose another --out") from error
+    require_writable(out.parent, "--out")
     task = load_task(settings.task)
     problems = task.problems("train", settings.data.train_problems, settings.run.seed)
     with ray_session(settings):
         summary = write_demonstrations(problems, settings.task, settings.data, settings.run.seed, out)
     print_table("demonstrations", ("", ""), [(k, f"{v:,}") for k, v in asdict(summary).items()])
-    say_next(f"apr-ray sft --data {out}")
+    say_next(f"apr-ray sft --data {short(out)}")
 
 
 @app.command()
 def sft(
-    data: Annotated[Path, typer.Option(help="Folder that `apr-ray data` wrote.")],
+    data: Annotated[Path, path_option("Folder that `apr-ray data` wrote.")],
     overrides: Overrides = None,
     config: Files = None,
     resume: Resume = None,
@@ -104,7 +110,8 @@ def sft(
 
     require_demonstrations(data)
     run = run_folder(config, overrides, resume, "sft")
-    policy = train_sft(run.config, run, data, ProgressBars())
+    with begun(run):
+        policy = train_sft(run.config, run, data, ProgressBars())
     last = [row for row in run.metrics() if "sft/loss" in row][-1:]
     rows = [(k, f"{v:,.4g}") for row in last for k, v in row.items() if k != "time"]
     print_table("supervised training", ("metric", "last"), rows)
@@ -114,7 +121,10 @@ def sft(
 @app.command()
 def train(
     overrides: Overrides = None,
-    init: Annotated[Optional[Path], typer.Option(help="Policy to begin with: a checkpoint or a run folder.")] = None,
+    init: Annotated[
+        Optional[Path],
+        path_option("Policy to begin with: a checkpoint or a run folder."),
+    ] = None,
     config: Files = None,
     resume: Resume = None,
 ) -> None:
@@ -124,7 +134,8 @@ def train(
     from apr_ray.training.run_dir import find_policy
 
     run = run_folder(config, [*(overrides or []), *_init(init)], resume, "train")
-    policy = train_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
+    with begun(run):
+        policy = train_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
     final_table(run.path)
     say_next(f"apr-ray eval {short(policy)}", f"apr-ray trace {short(run.path)}")
 
@@ -138,9 +149,12 @@ def _init(policy: Path | None) -> list[str]:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a supervised or GRPO run; its policy is given away.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; its name is the policy's.")],
-    results: Annotated[Path, typer.Option(help="What `apr-ray eval RUN --json FILE` wrote.")],
+    run: Annotated[
+        Path,
+        path_argument("The folder of a supervised or GRPO run; its policy is given away."),
+    ],
+    out: Annotated[Path, path_option("Folder to make; its name is the policy's.")],
+    results: Annotated[Path, path_option("What `apr-ray eval RUN --json FILE` wrote.")],
 ) -> None:
     """Make a folder with a run's policy, its settings and a card that says how it was made and what it can do."""
     from apr_ray.evaluation.card import write_policy_folder
@@ -153,8 +167,11 @@ def export(
 
 @app.command()
 def controls(
-    init: Annotated[Path, typer.Option(help="Policy that every arm begins with: a checkpoint or a run folder.")],
-    data: Annotated[Path, typer.Option(help="Demonstrations for the arm that goes on with them.")],
+    init: Annotated[
+        Path,
+        path_option("Policy that every arm begins with: a checkpoint or a run folder."),
+    ],
+    data: Annotated[Path, path_option("Demonstrations for the arm that goes on with them.")],
     overrides: Overrides = None,
     tokens: Annotated[
         int, typer.Option(help="For each arm and seed: sampled by GRPO, demonstrated to continued supervised training.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -29,7 +32,28 @@ Files = Annotated[
     typer.Option("--config", "-c", help="YAML file or preset name (quickstart, paper-apr, …); later ones override."),
 ]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="Overrides of the form a.b=value.", show_default=False)]
-Resume = Annotated[Optional[Path], typer.Option(help="Go on with this run folder.")]
+
+
+def user_path(text: str) -> Path:
+    """A path as somebody types it: `--out=~/x` is not expanded by the shell."""
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text).expanduser()
+
+
+def path_argument(help: str) -> Any:
+    """An argument that is a path."""
+    return typer.Argument(parser=user_path, metavar="PATH", help=help)
+
+
+def path_option(help: str, *names: str) -> Any:
+    """An option that is a path."""
+    return typer.Option(*names, parser=user_path, metavar="PATH", help=help)
+
+
+Resume = Annotated[Optional[Path], path_option("Go on with this run folder.")]
+WIDE = 160
+"""Columns of what goes to a file or a pipe: a table in a log is not folded."""
 
 
 def read_config(files: Sequence[str] | None, overrides: Sequence[str] | None) -> Config:
@@ -73,20 +97,44 @@ def run_folder(files: Sequence[str] | None, overrides: Sequence[str] | None, res
 
 
 def console(stderr: bool = True) -> Any:
-    """A rich console."""
+    """A rich console, as wide as the terminal, as COLUMNS says, or as a log should be."""
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    made = Console(stderr=stderr)
+    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+        made.width = WIDE
+    return made
+
+
+@contextmanager
+def begun(run: Any) -> Iterator[None]:
+    """Around a run's work: where it ends before anything but its settings was written, its folder goes too."""
+    try:
+        yield
+    except BaseException:
+        run.remove_if_bare()
+        raise
+
+
+def speaks_utf(out: Any) -> bool:
+    """Whether a console can write more than ASCII."""
+    return str(out.encoding).lower().startswith("utf")
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Raise AprError where no file can be made in a folder, before the work whose result goes there."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise AprError(f"{option}: no permission to write in {folder}", "Give another path")
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """To stdout; cells are printed as they are, `[sglang]` is no markup."""
+    """To stdout; title and cells are printed as they are, `[sglang]` is no markup."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title, title_justify="left")
+    made = Table(title=Text(title), title_justify="left")
     for column in head:
-        made.add_column(column)
+        made.add_column(Text(column))
     for row in rows:
         made.add_row(*map(Text, row))
     console(stderr=False).print(made)
@@ -112,8 +160,8 @@ def say_next(*lines: str) -> None:
 
 
 def short(path: Path) -> str:
-    """A path from here, where it lies below, and where "here" still is."""
+    """A path to type: from here, where it lies below and "here" still is, and quoted where a shell needs it."""
     try:
-        return str(path.resolve().relative_to(Path.cwd()))
+        return shlex.quote(str(path.resolve().relative_to(Path.cwd())))
     except (ValueError, OSError):
-        return str(path)
+        return shlex.quote(str(path))

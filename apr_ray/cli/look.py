@@ -7,21 +7,37 @@ from typing import Annotated, Optional
 
 import typer
 
-from apr_ray.cli.common import Files, Overrides, app, config_app, console, print_table, read_config, say_next, short
+from apr_ray.cli.common import (
+    Files,
+    Overrides,
+    app,
+    config_app,
+    console,
+    path_argument,
+    path_option,
+    print_table,
+    read_config,
+    require_writable,
+    say_next,
+    short,
+    speaks_utf,
+)
 
 
 @app.command("eval")
 def evaluate_command(
-    model: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
+    model: Annotated[Path, path_argument("A checkpoint or a run folder.")],
     overrides: Overrides = None,
     config: Files = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="Folder for the trees: a file of JSON lines for each mode.")
+        Optional[Path],
+        path_option("Folder for the trees: a file of JSON lines for each mode."),
     ] = None,
     against: Annotated[
-        Optional[Path], typer.Option(help="Compare with these trees, problem by problem: what --out wrote, or a run.")
+        Optional[Path],
+        path_option("Compare with these trees, problem by problem: what --out wrote, or a run."),
     ] = None,
-    as_json: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers here.")] = None,
+    as_json: Annotated[Optional[Path], path_option("Write the numbers here.", "--json")] = None,
 ) -> None:
     """Accuracy and cost of a policy on problems that it never trained on."""
     from apr_ray.config import config_of
@@ -40,6 +56,8 @@ def evaluate_command(
             raise AprError(f"{option} {file} is {'a folder' if file.is_dir() else 'a file'}", "Give another name")
         if file is not None and not file.absolute().parent.is_dir():
             raise AprError(f"{option} {file}: {file.absolute().parent} is no folder", "Make it first")
+        if file is not None:
+            require_writable(file if file.is_dir() else file.absolute().parent, option)
     before = read_evaluation(against) if against else None
 
     policy = find_policy(model)
@@ -68,7 +86,7 @@ def evaluate_command(
 
 @app.command()
 def trace(
-    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a file of trees.")],
+    run: Annotated[Path, path_argument("A run folder, a checkpoint, or a file of trees.")],
     problem: Annotated[Optional[str], typer.Option(help='Solve this one now, e.g. "3 5 7 -> 22".')] = None,
     number: Annotated[
         Optional[int], typer.Option(help="Which recorded tree; by default a solved one that spawned.")
@@ -78,6 +96,7 @@ def trace(
     text: Annotated[bool, typer.Option("--text", help="Print every thread's text too.")] = False,
 ) -> None:
     """Print one tree as lanes: who decodes, who waits, what joins."""
+    from apr_ray.evaluation.lanes import ASCII
     from apr_ray.evaluation.show import describe_tree, recorded_tree
 
     if problem is not None:
@@ -89,12 +108,14 @@ def trace(
         tree = solve(problem, policy, temperature=temperature, seed=seed).tree
     else:
         tree, beside = recorded_tree(run, number)
-    console(stderr=False).print(describe_tree(tree, beside, text), highlight=False, markup=False, soft_wrap=True)
+    out = console(stderr=False)
+    shown = describe_tree(tree, beside, text)
+    out.print(shown if speaks_utf(out) else shown.translate(ASCII), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(help="A GRPO run's folder.")],
+    run: Annotated[Path, path_argument("A GRPO run's folder.")],
     step: Annotated[int, typer.Argument(help="A step whose batch was kept (grpo.keep_batches).")],
     tolerance: Annotated[float, typer.Option(help="Largest difference per logprob, in nats.")] = 1e-3,
 ) -> None:
@@ -109,7 +130,9 @@ def audit(
 
 
 @app.command()
-def vectors(folder: Annotated[Path, typer.Argument(help="Folder with *.jsonl.gz files.")]) -> None:
+def vectors(
+    folder: Annotated[Path, path_argument("Folder with *.jsonl.gz files.")],
+) -> None:
     """Check a folder of traces, joins and verdicts against the grammar, the tokenizer and the verifier."""
     from apr_ray.tasks.countdown.vectors import check_folder
 

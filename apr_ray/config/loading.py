@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from apr_ray.config.section import Section
 from apr_ray.config.settings import Config
+from apr_ray.config.text import as_typed, field_type, read_override, read_yaml, write_yaml
 from apr_ray.core.errors import ConfigError
+
+log = logging.getLogger(__name__)
+SIGN_OF_A_RUN = frozenset({"run", "task", "bounds", "engine"})
+"""Sections that every run's config has."""
 
 
 def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
@@ -28,14 +33,14 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
     for file in files:
         path = Path(file)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = read_yaml(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read config {path}: {error.strerror}", "Check the path") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", "Fix the file") from error
-        if data is not None and not isinstance(data, dict):
-            raise ConfigError(f"{path} holds a {type(data).__name__}", "A config is a mapping of sections")
-        tree = _merge(tree, data or {})
+        if data and not isinstance(data, dict):
+            raise ConfigError(f"{path} holds {str(data)[:40]!r}", "A config is a mapping of sections")
+        tree = _merge(tree, as_typed(Config, data or {}))
     for override in overrides:
         tree = _merge(tree, _override(override))
     return parse_config(tree)
@@ -60,13 +65,24 @@ def parse_options(kind: Any, options: Mapping[str, Any], prefix: str) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The whole tree as YAML that `load_config` reads back to an equal Config."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    return text
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def config_of(policy: Path) -> Path | None:
-    """The config of the run that a policy folder lies in, if it lies in one."""
-    return next((p / "config.yaml" for p in policy.resolve().parents[:3] if (p / "config.yaml").is_file()), None)
+    """The config of the run that a policy folder lies in, if it lies in one. Another program's file of that name is
+    passed over, with a warning."""
+    for folder in policy.resolve().parents[:3]:
+        file = folder / "config.yaml"
+        if not file.is_file():
+            continue
+        try:
+            found = read_yaml(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            found = None
+        if isinstance(found, dict) and found.keys() >= SIGN_OF_A_RUN:
+            return file
+        log.warning("%s is no run's config: the default bounds and engine are used", file)
+    return None
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -85,13 +101,13 @@ def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(part.isidentifier() for part in key.split(".")):
         raise ConfigError(f"override {text!r} is not of the form a.b=value", "Write e.g. grpo.steps=20")
+    kind: Any = Config
+    for part in key.split("."):
+        kind = field_type(kind, part)
     try:
-        tree: Any = yaml.safe_load(value) if value else None
+        tree: Any = read_override(kind, value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML", "Quote it") from error
-    if isinstance(tree, str):
-        with contextlib.suppress(ValueError):
-            tree = float(tree)  # YAML reads 1e-3 as text
+        raise ConfigError(f"override {text!r}: the value is not YAML", "Write e.g. [1, 2] or {a: 1}") from error
     for part in reversed(key.split(".")):
         tree = {part: tree}
     assert isinstance(tree, dict)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from apr_ray.config.section import Count, Gpus, Positive, PositiveFloat, Rate, Section
+from apr_ray.config.section import Count, Gpus, PathText, Positive, PositiveFloat, Rate, Section, Seed, Temperature
 
 
 class TaskConfig(Section):
@@ -74,6 +74,10 @@ SET_BY_US = {
 """
 
 
+SERVERS_OWN = ["device", "dtype", "kv_tokens", "max_sequences", "stream_interval"]
+"""Settings that a server was started with."""
+
+
 class EngineConfig(Section):
     """The inference engine of each rollout worker."""
 
@@ -105,10 +109,15 @@ class EngineConfig(Section):
     server_urls: list[str] = Field(default=[])
     """SGLang servers, one per rollout worker, as `http://host:30000`; they must see `run.root` at the same path."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether it computes in float32; a server's precision is its own business."""
+        return self.dtype == "float32" and self.name != "sglang_server"
+
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> EngineConfig:
         """What an engine would not even look at, and whose absence would be noticed late."""
-        ignored = {"torch": ["kv_tokens"], "sglang_server": ["device", "dtype", "kv_tokens"]}.get(self.name, [])
+        ignored = {"torch": ["kv_tokens"], "sglang_server": SERVERS_OWN}.get(self.name, [])
         for key in ignored if self.name == "torch" else [*ignored, "deterministic"]:
             value, default = getattr(self, key), type(self).model_fields[key].default
             if value != default:
@@ -174,6 +183,11 @@ class PlacementConfig(Section):
     """The cluster adds nodes when something waits for room. Where it does not, what can never fit is refused."""
 
 
+EXACT_TOLERANCE = 5e-5
+"""Measured means in float32 are near 1e-6 for all engines (docs/weights.md)."""
+ROUNDED_TOLERANCE = 0.05
+
+
 class WeightsConfig(Section):
     """Weight sync and its check."""
 
@@ -190,13 +204,18 @@ class WeightsConfig(Section):
     """Longest wait for any part during a sync; then the run stops and says who is missing."""
     backend: Literal["gloo", "nccl"] = "gloo"
     """Of the collective transport: between CPUs, or between GPUs."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Where the disk transport writes; all nodes must see it."""
-    mismatch_tolerance: PositiveFloat = 1e-3
+    mismatch_tolerance: PositiveFloat | None = None
     """Largest mean |Δ logprob| between engine and learner after a sync, and on those tokens of a batch that the
-    learner's present weights drew; above it the run stops."""
+    learner's present weights drew; above it the run stops. By default 5e-5 where both compute in float32, which one
+    optimiser step at a rate of 1e-5 exceeds, and 0.05 where one does not."""
     check_calls: Positive = 8
     """Calls compared after each sync."""
+
+    def tolerance(self, exact: bool) -> float:
+        """`mismatch_tolerance`, or its default; `exact` where engine and learner compute in float32."""
+        return self.mismatch_tolerance or (EXACT_TOLERANCE if exact else ROUNDED_TOLERANCE)
 
     @model_validator(mode="after")
     def _disk_has_a_folder(self) -> WeightsConfig:
@@ -212,11 +231,11 @@ class EvalConfig(Section):
     """Problems of a full evaluation."""
     samples: Positive = 1
     """Trees per problem at temperature > 0."""
-    temperatures: tuple[Rate, ...] = (0.0, 0.3, 0.6, 1.0)
+    temperatures: tuple[Temperature, ...] = (0.0, 0.3, 0.6, 1.0)
     """Sampling temperatures of a full evaluation; 0 is greedy."""
     split: Literal["heldout", "validation", "heldout_targets"] = "heldout"
     """Problems of a full evaluation: the test set, the validation set, or those whose targets are never trained on."""
-    seed: Count = 0
+    seed: Seed = 0
     """Draws the problems. Runs with other `run.seed`s are evaluated on the same ones, so that they can be compared."""
     targets_problems: Count = 0
     """Problems with held-out targets that a full evaluation decodes greedily besides."""
@@ -247,11 +266,11 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """Names, places and seeds."""
 
-    root: str = "runs"
+    root: PathText = "runs"
     """Folder that holds all runs and the MLflow database."""
     name: str | None = None
     """Folder under `root`; made from the command and the time where not given."""
-    seed: Count = 0
+    seed: Seed = 0
     """Decides problems, demonstrations, initial weights and every draw."""
 
 

@@ -18,7 +18,7 @@ from apr_ray.config.running import (
     TrackingConfig,
     WeightsConfig,
 )
-from apr_ray.config.section import Section
+from apr_ray.config.section import PathText, Section
 from apr_ray.config.training import BoundsConfig, DataConfig, GrpoConfig, LearnerConfig, ModelConfig, SftConfig
 
 
@@ -29,7 +29,7 @@ class Config(Section):
     ray: RayConfig = RayConfig()
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Checkpoint folder that training or evaluation begins with."""
     data: DataConfig = DataConfig()
     learner: LearnerConfig = LearnerConfig()

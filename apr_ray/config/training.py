@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from apr_ray.config.section import Beta, Count, Fraction, Positive, PositiveFloat, Rate, Section
+from apr_ray.core.engine import LEAST_TEMPERATURE
 
 
 class ModelConfig(Section):
@@ -49,8 +50,8 @@ class DataConfig(Section):
     """Solver runs per problem."""
     max_sequence_tokens: Positive = 1024
     """Longer demonstrations are dropped, whole trees at a time, and counted."""
-    workers: Positive = 2
-    """Ray tasks that solve side by side."""
+    workers: Positive | None = None
+    """Ray tasks that solve side by side; as many as there are cores by default."""
 
 
 class LearnerConfig(Section):
@@ -153,7 +154,8 @@ class RewardConfig(Section):
     invalid_spawn: float = 0.0
     """It ended in a spawn that cannot be followed."""
     failed_engine: float = 0.0
-    """Its engine failed. It counts in `rollout/reward` alone: such a tree is left out of its group."""
+    """Its engine failed, or was too slow for `bounds.max_seconds`. It counts in `rollout/reward` alone: such a tree is
+    left out of its group."""
     coin: bool = False
     """Draw 1 or 0 for every tree by a fair coin instead: a control, from which nothing can be learned."""
 
@@ -226,7 +228,7 @@ class GrpoConfig(Section):
     """Weights are 1 in a batch whose mean |Δ logprob| between engine and learner is not above this."""
     kl_coefficient: Rate = 0.001
     """Weight of the k3 penalty against the initial policy; 0 leaves it out."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] = 1.0
     """At which trees are sampled, and logprobs taken."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of a step's matrix products, as in `sft.precision`. Its ratios compare logprobs with the engine's, which in bf16

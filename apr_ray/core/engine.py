@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,6 +10,9 @@ from typing import Protocol, runtime_checkable
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import WeightUpdate, WeightVersion
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it logits are divided by so little that float32 ends; greedy decoding is what such a temperature means."""
 
 
 class FinishReason(StrEnum):
@@ -42,8 +46,10 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise AprError(f"temperature is {self.temperature}", "Use 0 (greedy) or a positive number")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise AprError(
+                f"temperature is {self.temperature:g}", f"Use 0 (greedy) or a number from {LEAST_TEMPERATURE:g} on"
+            )
         if not 0 < self.top_p <= 1:
             raise AprError(f"top_p is {self.top_p}", "Use a number in (0, 1]")
         if self.top_k < 0:

@@ -189,12 +189,14 @@ class Ending(StrEnum):
     FAILED_ENGINE = "failed_engine"
 
 
+INTERRUPTED = frozenset({Outcome.ENGINE_ERROR, Outcome.BOUND_TIME, Outcome.CANCELLED})
+"""The machine ended the tree, not the policy: an engine failed, or was too slow. Such a tree says nothing of it."""
+
 _ENDINGS = {
     Outcome.ANSWERED: Ending.FALSE_CLAIM,  # of a tree that is not solved
     Outcome.NO_ANSWER: Ending.NO_ANSWER,
     Outcome.INVALID_SPAWN: Ending.INVALID_SPAWN,
-    Outcome.ENGINE_ERROR: Ending.FAILED_ENGINE,
-    Outcome.CANCELLED: Ending.FAILED_ENGINE,
+    **dict.fromkeys(INTERRUPTED, Ending.FAILED_ENGINE),
 }
 """By outcome. All others are bounds: the tree was cut off."""
 
@@ -209,6 +211,7 @@ class ThreadTree:
         outcome, detail: a named reason and, where there is one, its particulars.
         reward: a number to train on. No estimate reads it: prices and coins are rewards too.
         verdict: the verifier's judgement, `SOLVED` or a named reason; "" before it was given.
+        form: what is wrong with the text of a right answer, by name; "" for nothing.
     """
 
     problem_key: str
@@ -222,6 +225,7 @@ class ThreadTree:
     invalid_spawns: int = 0
     reward: float | None = None
     verdict: str = ""
+    form: str = ""
 
     @property
     def solved(self) -> bool:

@@ -51,14 +51,19 @@ VALIDATION = "validation"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Truthy iff solved; otherwise `reason` names why not, in a-z, digits, _ and -: it is part of metrics' names."""
+    """Truthy iff solved; otherwise `reason` names why not, in a-z, digits, _ and -: it is part of metrics' names.
+
+    `form` names, in the same letters, what is wrong with the text of a right answer; "" for nothing.
+    """
 
     solved: bool
     reason: str
+    form: str = ""
 
     def __post_init__(self) -> None:
-        if not REASON.fullmatch(self.reason):
-            raise AprError(f"a verdict's reason is {self.reason[:80]!r}", "Use letters a-z, digits, _ and -")
+        for name in (self.reason, self.form or "none"):
+            if not REASON.fullmatch(name):
+                raise AprError(f"a verdict's reason is {name[:80]!r}", "Use letters a-z, digits, _ and -")
 
     def __bool__(self) -> bool:
         return self.solved
@@ -265,6 +270,10 @@ class Task(ABC):
         For people who look at an evaluation; training never asks.
         """
         return "unknown"
+
+    def unfamiliar(self, problem: Problem) -> str:
+        """What about a problem a policy of this task has never seen, in words; "" for nothing, the default."""
+        return ""
 
     def load_tokenizer(self, directory: str) -> Tokenizer:
         """A checkpoint's tokenizer. Raises AprError where it cannot carry this task's protocol.

@@ -30,6 +30,7 @@ def tree_to_json(tree: ThreadTree) -> dict[str, Any]:
         "invalid_spawns": tree.invalid_spawns,
         "reward": tree.reward,
         "verdict": tree.verdict,
+        "form": tree.form,
         "final_text": tree.final_text,
         "calls": [_call_to_json(call) for call in tree.calls],
         "spawns": [
@@ -108,6 +109,7 @@ def tree_from_json(data: Any) -> ThreadTree:
             invalid_spawns=data["invalid_spawns"],
             reward=data["reward"],
             verdict=data["verdict"],
+            form=data.get("form", ""),  # files before it was kept have none
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AprError(f"malformed tree: {error!r}", "The file may be cut off or edited") from error

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import psutil
 import xxhash
 
 from apr_ray.config import DataConfig, TaskConfig
@@ -24,6 +27,9 @@ from apr_ray.core.ledger import Problem
 from apr_ray.tasks.registry import load_task
 
 SUMMARY = "summary.json"
+PART_TREES = 512
+"""Solver runs of a task, whose rows are one file."""
+HOST = re.sub(r"\W", "_", socket.gethostname())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +58,16 @@ def write_demonstrations(
 
     The rows do not depend on the number of workers: each is made from (problem, solver seed) alone.
     """
+    import ray
     import ray.data
 
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in out.parent.glob(f".{out.name}.partial-{HOST}-*"):  # of commands that were killed
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.partial-{HOST}-{os.getpid()}")
+    partial.mkdir(parents=True)
+    cores: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    workers = data.workers or max(2, int(cores.get("CPU", 2)))
     items = [
         {"index": i, "solver_seed": s, "problem": json.dumps(dict(problem.to_json()))}
         for s in range(data.solver_seeds)
@@ -65,24 +77,20 @@ def write_demonstrations(
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.data._internal.progress"):  # it would warn that its own bars are off
         logging.getLogger(name).setLevel(logging.ERROR)
-    (
-        ray.data.from_items(items, override_num_blocks=2 * data.workers)
+    options = {"task": task, "max_tokens": data.max_sequence_tokens, "seed": seed, "folder": str(partial)}
+    parts = (
+        ray.data.from_items(items, override_num_blocks=2 * workers)
         .map_batches(
-            cast(Any, _solve_batch),
+            cast(Any, _write_part),
             batch_format="pyarrow",
-            batch_size=512,
-            fn_kwargs={"task": task, "max_tokens": data.max_sequence_tokens, "seed": seed},
-            compute=ray.data.TaskPoolStrategy(size=data.workers),
+            batch_size=PART_TREES,
+            fn_kwargs=options,
+            compute=ray.data.TaskPoolStrategy(size=workers),
             num_cpus=0.5,
         )
-        .write_parquet(str(partial))
+        .take_all()
     )
-    if not any(partial.glob("*.parquet")):  # Ray writes no file where there is no row
-        shutil.rmtree(partial, ignore_errors=True)
-        raise AprError(
-            f"no demonstration of {len(items)} fits into data.max_sequence_tokens={data.max_sequence_tokens}",
-            "Raise it, or make the searches smaller (task.options.solver)",
-        )
+    _require_parts(partial, parts, len(items), data.max_sequence_tokens)
     summary = _summarise(partial, len(items), seed)
     (partial / SUMMARY).write_text(json.dumps(asdict(summary), indent=1))
     shutil.rmtree(out, ignore_errors=True)
@@ -90,9 +98,42 @@ def write_demonstrations(
     return summary
 
 
-def _solve_batch(batch: Any, task: TaskConfig, max_tokens: int, seed: int) -> Any:
+def _write_part(batch: Any, task: TaskConfig, max_tokens: int, seed: int, folder: str) -> Any:
+    """Solve some items and write their rows; gives the file's name and its rows. Done again, it writes the same."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     the_task, tokenizer = _tools(task.model_dump_json())
-    return rows_to_table(solve_rows(the_task, tokenizer, batch.to_pylist(), max_tokens, seed))
+    items = batch.to_pylist()
+    rows = solve_rows(the_task, tokenizer, items, max_tokens, seed)
+    name = f"part-{items[0]['solver_seed']:03d}-{items[0]['index']:09d}.parquet"
+    if rows:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        hidden = Path(folder) / f".{name}.{os.getpid()}"
+        pq.write_table(rows_to_table(rows), hidden)
+        os.replace(hidden, Path(folder) / name)
+    return pa.table({"name": [name], "rows": [len(rows)]})
+
+
+def _require_parts(folder: Path, parts: Sequence[dict[str, Any]], asked: int, max_tokens: int) -> None:
+    """Raise AprError, with nothing left, where no row was written, or not all that were written are here."""
+    import pyarrow.parquet as pq
+
+    written = {part["name"]: part["rows"] for part in parts if part["rows"]}
+    here = {path.name: pq.read_metadata(path).num_rows for path in folder.glob("*.parquet")}
+    if written and here == written:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if not written:
+        raise AprError(
+            f"no demonstration of {asked} fits into data.max_sequence_tokens={max_tokens}",
+            "Raise it, or make the searches smaller (task.options.solver)",
+        )
+    raise AprError(
+        f"{len(written.keys() - here.keys())} of {len(written)} files of demonstrations are not in {folder}: other"
+        " machines wrote them",
+        "Write them to storage that all nodes share",
+    )
 
 
 def rows_to_table(rows: Sequence[dict[str, Any]]) -> Any:

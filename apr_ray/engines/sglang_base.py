@@ -267,13 +267,21 @@ class SGLangBase:
         finish: FinishReason | None,
         error: str,
     ) -> None:
-        """Emit what was held back, cut at the positions where SGLang says that the version changed."""
-        version = running.version
+        """Emit what was held back, cut at the positions where SGLang says that the version changed.
+
+        Raises RuntimeError where a token has no version: it could be neither trained on nor left out.
+        """
+        version, covered = running.version, 0
         for span in spans:
             start, end = max(int(span["start"]) - done, 0), int(span["end"]) - done
             version = WeightVersion.parse(span["version"])
+            if start > covered:
+                break
             if start < end:
                 self._emit(running, ids[start:end], logprobs[start:end], None, version=version)
+                covered = end
+        if covered < len(ids):
+            raise RuntimeError(f"SGLang names the weights of {covered} tokens, and sampled {len(ids)}")
         if finish is not None:
             self._emit(running, [], [], finish, error, version)
 

@@ -26,6 +26,7 @@ from apr_ray.evaluation.audit_ledger import (
     carries_loss,
     check_ledger,
     check_prices,
+    check_verdicts,
     check_versions,
     chosen,
     counted,
@@ -35,6 +36,8 @@ from apr_ray.evaluation.audit_ledger import (
 from apr_ray.evaluation.kept_batch import KeptBatch
 from apr_ray.model.llama import load_policy
 
+FARTHEST = 20.0
+"""Nats by which two policies' logprobs of a token differ at most in the loss."""
 NOISE = 1e-8
 """Where nothing is left to learn, loss and gradient are rounding alone."""
 
@@ -87,6 +90,7 @@ def audit_batch(kept: KeptBatch, tolerance: float = 1e-3) -> AuditReport:
     findings = [*check_ledger(kept, policy.config.vocab_size), *check_prices(kept), *check_versions(kept)]
     if not findings[0].agrees:  # nothing can be computed from such calls
         return AuditReport(tuple(findings))
+    findings += check_verdicts(kept)
     reference = _load_reference(step.reference) if step.kl_coefficient else None
     sums = recompute(kept, policy, reference)
     calls = sum(len(tree.calls) for tree in kept.trees)
@@ -238,7 +242,7 @@ def _one_call(kept: KeptBatch, policy: Any, reference: Any, part: _Part, sums: _
     drawn = chosen(call)
     values = logprobs.tolist()
     off = {i: abs(values[i] - logprob) for i, (_, logprob) in drawn.items()}
-    if {span.version for span in call.versions} <= {kept.version}:
+    if {version for span in call.versions for version in (span.version, span.kv or span.version)} <= {kept.version}:
         sums.recomputed += 1
         sums.deltas += off.values()
     if not positions:
@@ -251,13 +255,13 @@ def _one_call(kept: KeptBatch, policy: Any, reference: Any, part: _Part, sums: _
     call_kl = size = 0.0
     for i, importance in zip(positions, part.importance, strict=True):
         old = drawn[i][1] if step.ratio == "behaviour" else values[i]
-        ratio = (logprobs[i] - old).exp()
+        ratio = (logprobs[i] - old).clamp(-FARTHEST, FARTHEST).exp()
         clipped = ratio.clamp(1 - step.clip, 1 + step.clip)
         gain = importance * torch.minimum(ratio * part.advantage, clipped * part.advantage)
         call_loss = call_loss - gain
         size += abs(float(gain.detach()))
         if towards is not None:
-            difference = towards[i] - logprobs[i]
+            difference = (towards[i] - logprobs[i]).clamp(-FARTHEST, FARTHEST)
             k3 = difference.exp() - difference - 1
             call_loss = call_loss + step.kl_coefficient * k3
             call_kl += float(k3.detach())

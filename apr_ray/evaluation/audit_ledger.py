@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apr_ray.core.engine import FinishReason
-from apr_ray.core.ledger import Call, Outcome, ThreadTree
+from apr_ray.core.ledger import Call, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.kept_batch import KeptBatch
+from apr_ray.model.llama import read_task
+from apr_ray.reward.score import score
+from apr_ray.tasks.registry import load_task
 
 SAME = 1e-12
 """Means of the same rewards differ by rounding."""
+NOT_THE_POLICYS = ("engine_error", "bound_time", "cancelled")
 CUT = {FinishReason.ABORTED: "aborted", FinishReason.ERROR: "error"}
 
 
@@ -63,7 +67,7 @@ def check_ledger(kept: KeptBatch, vocabulary: int) -> list[Finding]:
                 counts["stale"] += drawn
             else:
                 fate = "zero_advantage" if id(call) in skipped else "trained"
-                if tree.outcome is Outcome.ENGINE_ERROR:
+                if tree.outcome.value in NOT_THE_POLICYS:
                     fate = "error"
                 counts[CUT.get(call.finish, fate)] += drawn
             faults += not _is_whole(call, vocabulary)
@@ -186,6 +190,27 @@ def check_prices(kept: KeptBatch) -> list[Finding]:
     ]
 
 
+def check_verdicts(kept: KeptBatch) -> list[Finding]:
+    """Every answer verified again, from the problem and the tokens: the text that was judged is theirs."""
+    if not kept.step.problems:
+        return [Finding("verdicts", "not checked", "the batch's format holds no problems", True)]
+    task = load_task(read_task(kept.policy))
+    tokenizer = task.load_tokenizer(str(kept.policy))
+    texts = verdicts = 0
+    for number, tree in enumerate(kept.trees):
+        problem = task.problem_from_json(kept.step.problems[number // kept.step.group_size])
+        root = [call for call in tree.calls if call.path == ()]
+        written = tokenizer.decode([*root[-1].prompt_ids, *root[-1].sampled_ids]) if root else ""
+        ended = tree.outcome.value in ("answered", "no_answer")  # else the judged text may be an earlier call's
+        texts += problem.key == tree.problem_key and (tree.final_text == written or not ended)
+        verdicts += score(task, problem, tree.outcome, tree.final_text).reason == tree.verdict
+    count = len(kept.trees)
+    return [
+        Finding("judged texts that are the tokens'", f"{texts} of {count}", "all", texts == count),
+        Finding("verdicts", f"{verdicts} of {count}", "all", verdicts == count),
+    ]
+
+
 def fresh_groups(kept: KeptBatch) -> list[tuple[ThreadTree, ...]]:
     """The groups none of whose tokens is older than allowed (contract 9)."""
     size = kept.step.group_size
@@ -194,8 +219,9 @@ def fresh_groups(kept: KeptBatch) -> list[tuple[ThreadTree, ...]]:
 
 
 def used_groups(kept: KeptBatch) -> list[list[ThreadTree]]:
-    """The fresh groups without the trees whose engine failed: of those nothing is known."""
-    return [[tree for tree in trees if tree.outcome is not Outcome.ENGINE_ERROR] for trees in fresh_groups(kept)]
+    """The fresh groups without the trees that the machine ended: of those nothing is known."""
+    groups = fresh_groups(kept)
+    return [[tree for tree in trees if tree.outcome.value not in NOT_THE_POLICYS] for trees in groups]
 
 
 def _is_fresh(kept: KeptBatch, version: WeightVersion) -> bool:

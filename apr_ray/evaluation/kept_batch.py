@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import ThreadTree
@@ -20,13 +21,15 @@ from apr_ray.core.trees_io import read_trees, write_trees
 from apr_ray.core.weights import WeightVersion
 from apr_ray.model.llama import replace_directory
 
-FORMAT_VERSION = 5
-READABLE = (1, 2, 3, 4, 5)
+FORMAT_VERSION = 6
+READABLE = (1, 2, 3, 4, 5, 6)
 """Format 1 had no options of the loss: the defaults of `KeptStep` and `Reported` are what it did. Formats 1 and 2 had
 no slope. Up to format 3 replaced tokens carried no loss: a batch that holds one is refused. Up to format 4 rewards had
-no prices, and `success` counted the trees that were not solved: such a batch is refused."""
+no prices, and `success` counted the trees that were not solved: such a batch is refused. Up to format 5 trees that
+the clock ended counted as failures of the policy: a batch that holds one is refused."""
 LAST_WITHOUT_REPLACED = 3
 LAST_WITHOUT_PRICES = 4
+LAST_WITH_SLOW_TREES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class KeptStep:
         dispositions: sampled tokens by what became of them.
         reported: None where no tree had anything to learn from.
         prices: of each ending, by its name; empty where a coin drew the rewards, and up to format 4.
+        problems: of each group, as JSON; none up to format 5.
     """
 
     step: int
@@ -76,6 +80,7 @@ class KeptStep:
     correction_from: float = 0.0
     credit: str = "tree"
     prices: dict[str, float] = field(default_factory=dict)
+    problems: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,16 @@ def read_batch(folder: Path) -> KeptBatch:
         raise AprError(
             f"{folder}/trees.jsonl holds {len(trees)} trees, not whole groups of {step.group_size}",
             "The file may be cut off",
+        )
+    if found <= LAST_WITH_SLOW_TREES and any(tree.outcome.value in ("bound_time", "cancelled") for tree in trees):
+        raise AprError(
+            f"{folder}/step.json has format {found}: trees that the clock ended counted as the policy's failures",
+            "Audit it with the apr-ray version that wrote it",
+        )
+    if step.problems and len(step.problems) * step.group_size != len(trees):
+        raise AprError(
+            f"{folder}/step.json holds {len(step.problems)} problems for {len(trees)} trees",
+            "The file may be cut off or edited",
         )
     if any(tree.reward is None for tree in trees):
         raise AprError(f"{folder}/trees.jsonl holds a tree without a reward", "The file may have been edited")

@@ -64,6 +64,10 @@ def lanes_of(tree: ThreadTree) -> list[Lane]:
     return lanes
 
 
+ASCII = str.maketrans("█·│", "#.|")
+"""Lanes for terminals that know no more than ASCII."""
+
+
 def render_lanes(tree: ThreadTree, width: int = 72) -> str:
     """Lanes as text: `█` decodes, `·` waits; one column is about sequential_tokens / width tokens."""
     lanes = lanes_of(tree)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apr_ray.config import load_config
+from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import ThreadTree
 from apr_ray.core.trees_io import read_trees
 from apr_ray.evaluation.claims import claims_by_confidence
@@ -102,6 +103,8 @@ def pick_tree(trees: Sequence[ThreadTree]) -> ThreadTree | None:
 def write_report(run: Path, sft: Path, grpo: Path) -> Path:
     """Write `report.html` and its pictures into the run's folder; returns the page's path."""
     summaries = summarise(grpo)
+    if not summaries:
+        raise AprError(f"{grpo} holds no whole evaluation", "Go on with apr-ray quickstart --resume")
     after = summaries[-1]
     _plot_accuracy(run / "accuracy.png", summaries)
     _plot_curves(run / "curves.png", read_rows(sft), read_rows(grpo))
@@ -180,12 +183,10 @@ def _page(
 
 
 def _figure(columns: int, width: float = 9.0, height: float = 3.4):  # type: ignore[no-untyped-def]
-    import matplotlib
+    from matplotlib.figure import Figure  # and not pyplot, which keeps every figure and asks for a screen
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]

@@ -24,6 +24,7 @@ from apr_ray.core.batch import TrainBatch
 from apr_ray.core.errors import AprError
 from apr_ray.core.weights import TensorSpec, WeightUpdate, WeightVersion, layout_of, pieces_of
 from apr_ray.learner.muon import MuonAdamW
+from apr_ray.learner.precision import widen_head
 from apr_ray.learner.rows import Rows
 from apr_ray.learner.steps import GrpoStep, StepStats, merge
 from apr_ray.model.llama import load_policy
@@ -75,10 +76,11 @@ class Trainer:
         self.device = next(self.policy.parameters()).device
 
     def _run_in_precision(self, policy: Any) -> None:
-        """Make the policy's forward pass run under autocast where `_bf16` says so.
+        """Make the policy's forward pass run under autocast where `_bf16` says so, all but its head.
 
         Inside the policy, because DeepSpeed's engine switches off an autocast that it finds around itself on a GPU.
         """
+        widen_head(policy)
         forward, self._bf16 = policy.forward, False
 
         def in_precision(input_ids: torch.Tensor, **options: Any) -> Any:

@@ -53,4 +53,4 @@ def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, f
     denominator = 1 + z * z / trials
     centre = (p + z * z / (2 * trials)) / denominator
     half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / denominator
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # by rounding it may miss p, at 0 of n, say

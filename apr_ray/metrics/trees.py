@@ -39,6 +39,7 @@ def tree_metrics(trees: Sequence[ThreadTree]) -> dict[str, float]:
         "truncated": 100 * endings[Ending.CUT_OFF] / count,
         "invalid_spawns": 100 * invalid / max(1, spawns + invalid),
         "false_claims": 100 * endings[Ending.FALSE_CLAIM] / count,
+        "faulty_form": 100 * sum(bool(t.form) for t in trees) / count,
         "replaced_spawns": 100 * replaced / max(1, spawns + invalid),
     }
 

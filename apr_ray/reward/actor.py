@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -12,7 +11,7 @@ from apr_ray.config import TaskConfig
 from apr_ray.core.ledger import Outcome, Problem, ThreadTree
 from apr_ray.core.task import Verdict
 from apr_ray.parts import DEAD, died
-from apr_ray.reward.score import score
+from apr_ray.reward.score import score, with_verdict
 from apr_ray.tasks.registry import load_task
 
 RESTARTS = 3
@@ -47,7 +46,7 @@ class RewardClient:
             verdicts: list[Verdict] = ray.get(self.actor.score.remote(items))
         except DEAD as error:
             raise died(f"reward actor, after {RESTARTS} restarts,", error, "") from error
-        return [replace(tree, verdict=verdict.reason) for tree, verdict in zip(trees, verdicts, strict=True)]
+        return [with_verdict(tree, verdict) for tree, verdict in zip(trees, verdicts, strict=True)]
 
     def stop(self) -> None:
         """End the actor."""

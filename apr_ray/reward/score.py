@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from apr_ray.core.ledger import SOLVED, Outcome, Problem
+from dataclasses import replace
+
+from apr_ray.core.ledger import SOLVED, Outcome, Problem, ThreadTree
 from apr_ray.core.task import Task, Verdict
 
 
@@ -11,4 +13,9 @@ def score(task: Task, problem: Problem, outcome: Outcome, text: str) -> Verdict:
     if outcome is not Outcome.ANSWERED:
         return Verdict(False, outcome.value)
     verdict = task.verify(problem, text)
-    return Verdict(True, SOLVED) if verdict.solved else verdict
+    return replace(verdict, reason=SOLVED) if verdict.solved else verdict
+
+
+def with_verdict(tree: ThreadTree, verdict: Verdict) -> ThreadTree:
+    """The tree, judged."""
+    return replace(tree, verdict=verdict.reason, form=verdict.form)

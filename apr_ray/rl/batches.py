@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
-from apr_ray.core.ledger import Call, Disposition, Group, Outcome, ThreadTree
+from apr_ray.core.ledger import INTERRUPTED, Call, Disposition, Group, ThreadTree
 from apr_ray.rl.advantages import ADVANTAGES, AdvantageKind
 from apr_ray.rl.credit import causal_credit, tree_credit
 
@@ -52,7 +52,8 @@ def grpo_batch(
 ) -> GrpoBatch:
     """Trees with rewards as one batch.
 
-    A tree whose engine failed says nothing of the policy: it is left out, of its group's statistics too.
+    A tree whose engine failed, or was too slow for the time limit, says nothing of the policy: it is left out, of its
+    group's statistics too.
 
     Args:
         groups: every tree must have its reward, or with `success` its verdict.
@@ -71,7 +72,7 @@ def grpo_batch(
     for group in groups:
         trees = []
         for tree in group.trees:
-            if tree.outcome is Outcome.ENGINE_ERROR:
+            if tree.outcome in INTERRUPTED:
                 counts = tree.dispositions()
                 dispositions[Disposition.ERROR] += counts.pop(Disposition.TRAINED, 0)
                 dispositions.update(counts)

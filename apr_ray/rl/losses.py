@@ -60,15 +60,20 @@ def sft_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return -(weights * logprobs).sum()
 
 
+LOG_LIMIT = 20.0
+"""Two policies' logprobs of a token count as this far apart at most, in nats: e^89 is no float32 any more, and one such
+token would end the run. The gradient of a difference beyond it is 0."""
+
+
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Schulman's k3 estimate of KL(policy || reference) per token: exp(d) - 1 - d with d = reference - policy."""
-    delta = reference - logprobs
+    delta = (reference - logprobs).clamp(-LOG_LIMIT, LOG_LIMIT)
     return torch.expm1(delta) - delta
 
 
 def log_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """Log of the probability ratio per token: [b, t]; 0 where a token carries no loss."""
-    return torch.where(trained, logprobs - old_logprobs, 0.0)
+    """Log of the probability ratio per token, within `LOG_LIMIT`: [b, t]; 0 where a token carries no loss."""
+    return torch.where(trained, logprobs - old_logprobs, 0.0).clamp(-LOG_LIMIT, LOG_LIMIT)
 
 
 def grpo_loss(

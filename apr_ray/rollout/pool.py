@@ -25,6 +25,7 @@ from apr_ray.config import Config
 from apr_ray.core.engine import EngineStats
 from apr_ray.core.errors import PartDied, SyncFailed, WeightsRejected
 from apr_ray.core.ledger import ThreadTree
+from apr_ray.core.weights import WeightVersion
 from apr_ray.parts import DEAD, died, reason
 from apr_ray.placement import Places, worker_places
 from apr_ray.rollout.worker import RolloutWorker
@@ -64,12 +65,14 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class CheckSample:
-    """A short generation of one worker, to compare with the learner."""
+    """A short generation of one worker, to compare with the learner; `versions`: the weights that its engine says drew
+    it."""
 
     worker: str
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    versions: tuple[WeightVersion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +312,7 @@ class RolloutPool:
                         raise
                     # what it was given is gone by now, or has been written over
                 if worker.given is self.current:
-                    worker.joining = None
+                    worker.joining = worker.given = None  # or it would hold on to the weights that it was given
                     self._changed()
                 else:  # the weights changed while it took them
                     self._invited(worker)
@@ -350,8 +353,9 @@ class RolloutPool:
         awaited = list(running)
         since = told = time.monotonic()
         while True:
-            joining = {w.joining: w.name for w in self.members if w.joining is not None}
-            references = [*awaited, *joining]  # another thread may have admitted the last that joined
+            with self.changing:  # another thread may admit one between two looks at it
+                joining = {w.joining: w.name for w in self.members if w.joining is not None}
+            references = [*awaited, *joining]
             if not references or ray.wait(references, num_returns=1, timeout=TICK_S)[0] or time.monotonic() > end:
                 break
             self._tell_who_has_no_place()

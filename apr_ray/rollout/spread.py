@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +39,9 @@ class SpreadEngine:
         """See `core.engine.Engine.generate`. What a worker that dies has begun goes on here, from where it was."""
         place = self.place(request.thread)
         if place == self.index:
-            async for chunk in self.own.generate(request):
-                yield chunk
+            async with aclosing(self.own.generate(request)) as own:  # type: ignore[type-var]
+                async for chunk in own:
+                    yield chunk
             return
         worker = self.workers[place]
         stream = worker.generate.options(num_returns="streaming").remote(request)
@@ -60,8 +62,9 @@ class SpreadEngine:
             if end := _end_of(request, sampled):  # only its last, empty chunk was lost
                 yield replace(last, token_ids=(), logprobs=(), finish=end)
                 return
-            async for chunk in self.own.generate(_rest_of(request, sampled)):
-                yield chunk
+            async with aclosing(self.own.generate(_rest_of(request, sampled))) as rest:  # type: ignore[type-var]
+                async for chunk in rest:
+                    yield chunk
         finally:
             if not ended:
                 worker.abort.remote(request.request_id)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from apr_ray.config import Config
 from apr_ray.core.engine import Chunk, Engine, EngineStats, FinishReason, GenerateRequest, SamplingParams
 from apr_ray.core.errors import ConfigError, SyncFailed
 from apr_ray.core.ledger import ThreadTree
-from apr_ray.core.weights import WeightSource, WeightUpdate
+from apr_ray.core.weights import WeightSource, WeightUpdate, WeightVersion
 from apr_ray.engines.registry import build_engine
 from apr_ray.parts import lasting_imports, own_log
 from apr_ray.rollout.spread import SpreadEngine
@@ -25,6 +25,8 @@ from apr_ray.threads.events import Listener
 from apr_ray.threads.runtime import TreeRequest, run_tree
 
 log = logging.getLogger(__name__)
+CHECK_PRIORITY = 1_000_000
+"""Above that of every thread."""
 
 
 def require_mode(mode: str, engine: str, keeps_kv: bool) -> None:
@@ -158,8 +160,9 @@ class RolloutWorker:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """A request of another worker's tree."""
-        async for chunk in self.engine.generate(request):
-            yield replace(chunk, engine_id=self.worker_id)
+        async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield replace(chunk, engine_id=self.worker_id)
 
     async def abort(self, request_id: str) -> None:
         """End a request of another worker's tree."""
@@ -210,19 +213,26 @@ class RolloutWorker:
 
     async def sample_for_check(
         self, number: int, prompt: tuple[int, ...], tokens: int, temperature: float
-    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """A short generation with its logprobs, to compare with the learner's; `number` is its seed."""
-        request = GenerateRequest(
-            f"check-{number:06d}", prompt, SamplingParams(temperature, max_new_tokens=tokens, seed=number)
-        )
+    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[WeightVersion, ...]]:
+        """A short generation: its ids, their logprobs, and the versions that the engine says they were drawn under.
+
+        `number` is its seed. It goes before all that waits: behind the children of a full worker it took 20 times as
+        many steps as tokens.
+        """
+        sampling = SamplingParams(temperature, max_new_tokens=tokens, seed=number)
+        request = GenerateRequest(f"check-{number:06d}", prompt, sampling, priority=CHECK_PRIORITY)
         ids: list[int] = []
         logprobs: list[float] = []
-        async for chunk in self.engine.generate(request):
-            if chunk.finish is FinishReason.ERROR:
-                raise RuntimeError(chunk.error)
-            ids += chunk.token_ids
-            logprobs += chunk.logprobs
-        return tuple(ids), tuple(logprobs)
+        versions: list[WeightVersion] = []
+        async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                if chunk.finish is FinishReason.ERROR:
+                    raise SyncFailed(f"{self.worker_id} failed at the check: {chunk.error}", "See its log")
+                ids += chunk.token_ids
+                logprobs += chunk.logprobs
+                if chunk.token_ids and chunk.version not in versions:
+                    versions.append(chunk.version)
+        return tuple(ids), tuple(logprobs), tuple(versions)
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""

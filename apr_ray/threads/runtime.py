@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -42,6 +44,7 @@ from apr_ray.threads.events import (
     TreeEnded,
 )
 
+log = logging.getLogger(__name__)
 FORCED_PER_CALL = 1
 """A call goes on after so many forced tokens, and ends at the next: what is forced is a spawn, and that ends a call.
 Each time the engine is given the whole prefix again: without a bound, time would be quadratic in forced tokens."""
@@ -85,10 +88,13 @@ async def run_tree(
     """Run one tree. A failing engine is an outcome; cancelling this coroutine aborts every request and re-raises."""
     tree = _Tree(engine, protocol, request, bounds, tree_id, engine_id, listener)
     prompt = protocol.root_prompt(request.problem, request.budget)
+    clock = asyncio.timeout(bounds.max_seconds)
     try:
-        async with asyncio.timeout(bounds.max_seconds):
+        async with clock:
             end = await tree.run_thread((), prompt, _Allowance(bounds.max_tree_tokens))
     except TimeoutError:
+        if not clock.expired():
+            raise
         end = _ThreadEnded(ThreadEnd(Outcome.BOUND_TIME, f"{bounds.max_seconds:g} s"), tree.root_context, ())
     tree.emit(TreeEnded(end.end.outcome, tree.tokens))
     return ThreadTree(
@@ -222,9 +228,12 @@ class _Tree:
                         task.cancel()
 
         cancelled: set[Path] = set()
-        async with asyncio.TaskGroup() as group:
-            for path, child, share in zip(paths, asked.children, shares, strict=True):
-                tasks[path] = group.create_task(run(path, child.prompt_ids, share))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for path, child, share in zip(paths, asked.children, shares, strict=True):
+                    tasks[path] = group.create_task(run(path, child.prompt_ids, share))
+        except BaseExceptionGroup as errors:  # a child's error reads as the root's would, at any depth
+            raise errors.exceptions[0] from None
         for path in paths:  # a task cancelled before its first step never ran its handler
             results.setdefault(path, ChildResult(JoinOutcome.CANCELLED, reason="sibling_solved"))
         return [results[path] for path in paths]
@@ -233,6 +242,8 @@ class _Tree:
         """What a child joins with: a child that failed or was cut off has no solution, and the reason is kept."""
         if ended.end.outcome in (Outcome.ANSWERED, Outcome.NO_ANSWER):
             return self.protocol.read_child(ended.context, ended.sampled)
+        if ended.end.outcome is Outcome.CANCELLED:
+            return ChildResult(JoinOutcome.CANCELLED, reason="aborted")
         return ChildResult(JoinOutcome.NO_SOLUTION, reason=ended.end.outcome.value)
 
     def cut_short(self, call: Call, allowance: _Allowance) -> ThreadEnd | None:
@@ -318,17 +329,32 @@ class _Tree:
             resumes=len(path) < self.deepest,
             thread=path,
         )
-        try:
-            async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
-                async for chunk in chunks:
-                    recorder.add(chunk)
-                    self.tokens += len(chunk.token_ids)
-                    if chunk.token_ids:
-                        self.emit(TokensSampled(path, segment, chunk.token_ids))
-                    if chunk.finish is not None:
-                        recorder.finish, recorder.error = chunk.finish, chunk.error
-        except AprError as error:
-            recorder.finish, recorder.error = FinishReason.ERROR, str(error)
+        async with aclosing(_chunks_of(self.engine, request)) as chunks:
+            async for chunk in chunks:
+                recorder.add(chunk)
+                self.tokens += len(chunk.token_ids)
+                if chunk.token_ids:
+                    self.emit(TokensSampled(path, segment, chunk.token_ids))
+                if chunk.finish is not None:
+                    recorder.finish, recorder.error = chunk.finish, chunk.error
+
+
+async def _chunks_of(engine: Engine, request: GenerateRequest) -> AsyncGenerator[Chunk]:
+    """An engine's stream; whatever it raises, a time limit of its own included, becomes its last chunk.
+
+    Only errors of the engine: the body of the caller's loop runs outside of this generator.
+    """
+    try:
+        async with aclosing(engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
+                if chunk.finish is not None:
+                    return
+        raise AprError("the engine's stream ended without a finish reason")
+    except Exception as error:  # noqa: BLE001  a failing engine is an outcome, however it fails
+        why = str(error) if isinstance(error, AprError) else repr(error)
+        log.warning("request %s: the engine failed: %s", request.request_id, why)
+        yield Chunk((), (), FIRST_VERSION, finish=FinishReason.ERROR, error=why)
 
 
 class _Recorder:

@@ -78,4 +78,5 @@ class _Lines:
         part = int(done / self.total / self.every + 1e-9) if self.total else 0
         if part > self.printed:
             self.printed = part
-            self.console.print(f"{self.title}: {100 * done / self.total:.0f} %  {note}", highlight=False)
+            line = f"{self.title}: {100 * done / self.total:.0f} %  {note}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)

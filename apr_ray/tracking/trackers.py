@@ -37,7 +37,7 @@ class ConsoleTracker(NoTracker):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.console.print(f"step {step}  {text}", highlight=False)
+        self.console.print(f"step {step}  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def build_tracker(config: Config) -> Tracker:

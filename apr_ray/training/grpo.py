@@ -10,6 +10,7 @@ without variance are left out when there is no KL term.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apr_ray.config import Config, GrpoConfig
-from apr_ray.core.errors import ConfigError, MismatchError
-from apr_ray.core.ledger import Ending, Group, Problem, ThreadTree
+from apr_ray.core.errors import AprError, ConfigError, MismatchError
+from apr_ray.core.ledger import Disposition, Ending, Group, Problem, ThreadTree
 from apr_ray.core.task import SpawnJoinProtocol
 from apr_ray.core.weights import FIRST_VERSION, WeightVersion
 from apr_ray.evaluation.decisions import sampled_p_spawn
@@ -45,6 +46,23 @@ from apr_ray.training.watch import Watch
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.registry import build_transport
 from apr_ray.weights.transport import Transport
+
+log = logging.getLogger(__name__)
+IDLE_STEPS = 3
+"""Steps in a row without a trained token that end a run."""
+WHY_IDLE = {
+    Disposition.STALE: (
+        "all trees were drawn under weights older than grpo.max_staleness allows",
+        "Raise grpo.max_staleness, or see why the engines' weights are old",
+    ),
+    Disposition.ZERO_ADVANTAGE: (
+        "in every group all trees have the same reward",
+        "Begin with a policy that solves some problems and not all, raise grpo.problems_per_step or grpo.group_size,"
+        " or set grpo.refill_rounds",
+    ),
+    Disposition.ERROR: ("the engines failed", "See the workers' logs"),
+    Disposition.ABORTED: ("all trees were cut by the clock", "Raise bounds.max_seconds"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +153,23 @@ def train_grpo(config: Config, run: RunDir, policy: Path, bars: ProgressBars) ->
                 parts.turns.learn(pool)
                 stats = learners.grpo_step(made.batch, how, rate) if len(made.batch) else []
                 parts.turns.engines(pool)
+                state.idle_steps = 0 if stats else state.idle_steps + 1
+                require_learning(made, state)
                 times.append(time.perf_counter())
                 if on_disk and grpo.keep_batches != "off":
-                    what = kept_step(config, state.step + 1, version, made, stats, str(policy))
+                    asked = parts.rollouts.problems_of(trees, state.step)
+                    what = kept_step(config, state.step + 1, version, made, stats, str(policy), asked)
                     keep_batch(run.path, what, trees, on_disk, only_newest=grpo.keep_batches == "last")
                 times.append(time.perf_counter())
                 if config.weights.mode != "in_flight":  # else older KV makes a difference of its own
-                    check_mismatch(stats, version, config.weights.mismatch_tolerance)
+                    exact = config.engine.exact and grpo.precision == "fp32"
+                    check_mismatch(stats, version, config.weights.tolerance(exact))
                 measured, version = version, version.next()
                 parts.transport.broadcast(learners, pool, version)
                 prompts = [t.calls[0].prompt_ids for t in trees[:: grpo.group_size]][: config.weights.check_calls]
-                delta = check_engines(learners, pool, prompts, grpo.temperature, config.weights, version)
+                delta = check_engines(
+                    learners, pool, prompts, grpo.temperature, config.weights, version, config.engine.exact
+                )
                 times.append(time.perf_counter())
                 state.step += 1
                 state.version = str(version)
@@ -248,6 +272,19 @@ def fresh_groups(
     return fresh, stale
 
 
+def require_learning(made: GrpoBatch, state: LoopState) -> None:
+    """Say so where a step has nothing to train on; raise AprError after `IDLE_STEPS` of them in a row."""
+    if not state.idle_steps:
+        return
+    reason, remedy = "no tree sampled a token", "Look at the failures in metrics.jsonl"
+    for fate, _ in made.dispositions.most_common(1):
+        reason, remedy = WHY_IDLE[fate]
+    what = f"step {state.step + 1} trained on nothing, and no optimiser step was taken: {reason}"
+    if state.idle_steps >= IDLE_STEPS:
+        raise AprError(f"{what}; so were the {IDLE_STEPS - 1} steps before it", remedy)
+    log.warning("%s", what)
+
+
 def check_mismatch(stats: Sequence[StepStats], version: WeightVersion, tolerance: float) -> None:
     """Raise MismatchError where engines and learners differ too much on tokens said to be drawn under the learners'
     `version`: older ones differ for a reason."""
@@ -263,7 +300,13 @@ def check_mismatch(stats: Sequence[StepStats], version: WeightVersion, tolerance
 
 
 def kept_step(
-    config: Config, step: int, version: WeightVersion, made: GrpoBatch, stats: Sequence[StepStats], reference: str
+    config: Config,
+    step: int,
+    version: WeightVersion,
+    made: GrpoBatch,
+    stats: Sequence[StepStats],
+    reference: str,
+    problems: Sequence[Problem],
 ) -> KeptStep:
     """A step as `apr-ray audit` will want to know it."""
     grpo = config.grpo
@@ -292,6 +335,7 @@ def kept_step(
         correction_from=grpo.correction_from,
         credit=grpo.credit,
         prices={} if grpo.reward.coin else {e.value: getattr(grpo.reward, e.value) for e in Ending},
+        problems=[dict(problem.to_json()) for problem in problems],
     )
 
 

@@ -29,6 +29,12 @@ class Rollouts:
         first = (refill * grpo.steps + step) * grpo.problems_per_step
         return self.train[first : first + grpo.problems_per_step]
 
+    def problems_of(self, trees: Sequence[ThreadTree], step: int) -> list[Problem]:
+        """One for each group of a step's trees, refills included."""
+        rounds = range(1 + self.config.grpo.refill_rounds)
+        by_key = {problem.key: problem for refill in rounds for problem in self.problems(step, refill)}
+        return [by_key[tree.problem_key] for tree in trees[:: self.config.grpo.group_size]]
+
     def refill(self, step: int, refill: int, count: int) -> tuple[list[ThreadTree], float]:
         """Trees of the first `count` problems of a round of refills, and the seconds that they took."""
         return self._timed(self.problems(step, refill)[:count], step)

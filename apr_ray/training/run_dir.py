@@ -50,6 +50,7 @@ class LoopState:
         tokens: trained on so far.
         sampled_tokens: by GRPO's rollouts so far.
         precision: of supervised training, as it was chosen when the run began.
+        idle_steps: the last steps in a row that trained on nothing.
         elapsed_s: of training, over all incarnations.
         position: the sampler's.
         data: of the demonstrations, `Demonstrations.fingerprint`.
@@ -64,6 +65,7 @@ class LoopState:
     tokens: int = 0
     sampled_tokens: int = 0
     precision: str = ""
+    idle_steps: int = 0
     elapsed_s: float = 0.0
     position: dict[str, int] = field(default_factory=dict)
     data: str = ""
@@ -132,6 +134,12 @@ class RunDir:
         if not file.is_file():
             raise AprError(f"{path} is no run folder (config.yaml is missing)", "Give a folder under run.root")
         return file
+
+    def remove_if_bare(self) -> None:
+        """Remove a folder in which nothing but settings was written: its name is free again."""
+        files = {path.name for path in self.path.rglob("*") if path.is_file()}
+        if files <= {"config.yaml", "incarnation"} or (files <= {"config.yaml", FILE} and not self.metrics()):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 

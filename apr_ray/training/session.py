@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ import ray
 from apr_ray.config import Config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.core.tracker import Tracker
-from apr_ray.engines.process_guard import ProcessGuard
+from apr_ray.engines.process_guard import ProcessGuard, environment, kill_marked
 from apr_ray.engines.registry import require_engine
 from apr_ray.model.llama import require_vocabulary
 from apr_ray.placement import Need, require_room
@@ -23,7 +24,11 @@ from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.trackers import build_tracker
 from apr_ray.training.run_dir import LoopState, RunDir, flat_params
 
+log = logging.getLogger(__name__)
 CONNECT_S = 5.0
+STARTS = 3
+"""Attempts to start a private Ray, which gives its parts 30 s each: on a machine that is busy they may take longer."""
+START_S = 120.0
 
 
 class Clock:
@@ -46,7 +51,17 @@ def require_startable(config: Config, policy: str | Path | None = None) -> None:
 
     A cluster's nodes may have an engine that this machine lacks; there, workers look for it themselves.
     """
+    if sys.platform != "linux":
+        raise AprError(
+            f"apr-ray trains on Linux, this is {sys.platform}", "Use a Linux machine or container; solve works anywhere"
+        )
     task = load_task(config.task)
+    tracking = config.tracking
+    if tracking.tracker == "mlflow" and tracking.uri is None and "?" in str(Path(config.run.root).resolve()):
+        raise ConfigError(
+            f"run.root {config.run.root!r} holds a '?', which ends the path in the URI of MLflow's SQLite file",
+            "Choose another run.root, or set tracking.uri",
+        )
     if policy is not None:
         require_vocabulary(policy, task.load_tokenizer(str(policy)))
     if config.ray.address is None:
@@ -102,23 +117,43 @@ def _private_ray(config: Config) -> Iterator[None]:
     needed = (
         config.rollout.workers * config.rollout.cpus_per_worker
         + config.learner.ranks * config.learner.cpus_per_rank
-        + config.data.workers * 0.5
+        + (config.data.workers or 0) * 0.5
     )
     guard = ProcessGuard()
     try:
-        with guard.marking():
+        with guard.marking(), environment({"RAY_gcs_server_port_wait_time_s": f"{START_S:.0f}"}):
             # Learners and rollout workers take turns, so a machine may promise more CPUs than it has.
-            ray.init(
-                "local",  # also where RAY_ADDRESS is set, or `ray start` was run on this machine
-                num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
-                include_dashboard=bool(config.ray.dashboard_port),
-                dashboard_port=config.ray.dashboard_port or None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            cpus = max(os.cpu_count() or 1, int(needed + 0.999))
+            for attempt in range(1, STARTS + 1):
+                try:
+                    _start_ray(config, cpus)
+                    break
+                except Exception as error:
+                    ray.shutdown()
+                    kill_marked(guard.mark)
+                    if "timed out" not in str(error).lower():
+                        raise
+                    if attempt == STARTS:
+                        load = os.getloadavg()[0]
+                        raise AprError(
+                            f"Ray did not start in {STARTS} attempts: {' '.join(str(error).split())[:120]}",
+                            f"The machine may be busy (load {load:.0f} on {os.cpu_count()} cores): try again later",
+                        ) from error
+                    log.warning("Ray did not start in time: the machine is busy; trying again")
         yield
     finally:
         guard.close()
+
+
+def _start_ray(config: Config, cpus: int) -> None:
+    ray.init(
+        "local",  # also where RAY_ADDRESS is set, or `ray start` was run on this machine
+        num_cpus=cpus,
+        include_dashboard=bool(config.ray.dashboard_port),
+        dashboard_port=config.ray.dashboard_port or None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 def _require_answer(address: str) -> None:
@@ -127,7 +162,7 @@ def _require_answer(address: str) -> None:
     if not colon or not port.isdecimal():
         return  # "auto", which Ray looks up
     try:
-        socket.create_connection((host, int(port)), CONNECT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()  # [::1]:6379
     except OSError as error:
         raise ConfigError(
             f"no Ray cluster at ray.address {address}: {error}", "Start one, or leave ray.address out"

@@ -186,9 +186,10 @@ class _Judge:
             self.parts = pool, RewardClient(self.config.task)
         else:
             self.turns.engines(self.parts[0])
-            version, weights = WeightVersion(0, self.evaluations), self.config.weights
+            version, config = WeightVersion(0, self.evaluations), self.config
             self.transport.broadcast(self.learners, self.parts[0], version)
-            check_engines(self.learners, self.parts[0], self.prompts, 1.0, weights, version)
+            exact = config.engine.exact
+            check_engines(self.learners, self.parts[0], self.prompts, 1.0, config.weights, version, exact)
         improved = watch.quick_evaluation(*self.parts, state)
         self.turns.learn(self.parts[0])
         return improved

@@ -130,7 +130,7 @@ class Decoder:
         shape: sizes.
         slots: rows of KV memory.
         context: positions per slot.
-        device, dtype: of weights, KV and matrix products. Angles are float32; the logits are widened to it.
+        device, dtype: of weights, KV and matrix products. Angles are float32, as are the last norm and the head.
 
     Raises:
         AprError: there is no room for the KV slots.
@@ -199,9 +199,17 @@ class Decoder:
         if self.by_numpy:
             self.flat, self.spare = flat, self.flat
         self.embed, *rest = matrices
-        self.head = self.embed if self.shape.tied else rest.pop()
-        self.final_norm = rest.pop()
+        if not self.shape.tied:
+            rest.pop()
+        rest.pop()
+        self.final_norm = self._precise(flat, spec_of["model.norm.weight"])
+        self.head = self._precise(flat, spec_of["model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"])
         self.layers = [tuple(rest[i : i + 6]) for i in range(0, len(rest), 6)]
+
+    def _precise(self, flat: Any, spec: TensorSpec) -> torch.Tensor:
+        """A parameter in float32, on the device; where it lies, if that is where the decoder computes."""
+        part = torch.as_tensor(flat)[spec.offset : spec.offset + spec.size].view(spec.shape)
+        return part if self.by_numpy else part.to(self.device, torch.float32, copy=True)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of one slot's KV to another."""
@@ -265,7 +273,11 @@ class Decoder:
             x = x + F.linear(F.silu(gate) * up, down)
         if len(last) < len(x):
             x = x[last]
-        return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
+        return self._logits(x)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [n, vocab] from the last layer's [n, hidden]: rounded logits would round every logprob."""
+        return F.linear(F.rms_norm(x.float(), (self.shape.hidden,), self.final_norm, self.shape.norm_eps), self.head)
 
     def _mask(self, span: Span, positions: torch.Tensor) -> torch.Tensor | None:
         """[rows, 1, width, end]: 0 where a token may look, minus infinity where not; None for no limit."""
@@ -318,7 +330,7 @@ class Decoder:
             x = x + F.linear(attended.reshape(n, heads * size), out)
             gate, up = F.linear(F.rms_norm(x, (shape.hidden,), norm2, shape.norm_eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, down)
-        return F.linear(F.rms_norm(x, (shape.hidden,), self.final_norm, shape.norm_eps), self.head).float()
+        return self._logits(x)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -22,12 +22,14 @@ from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion, layout_of
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import Decoder, DecoderShape, require_plain_llama
-from apr_ray.engines.torch_engine.rows import Rows, Running
+from apr_ray.engines.torch_engine.rows import Rows, Running, passes
 from apr_ray.engines.torch_engine.sampler import sample
 from apr_ray.model.llama import load_weights, read_config
 from apr_ray.model.state import check_update, flatten
 
 PROBED_TOKENS = 16
+PASS_TOKENS = 4096
+"""Tokens of a forward pass, about: what came in at once, or all that runs after an update, is prefilled in several."""
 GATHER_S = 0.003
 """For how long an idle engine waits for one more request before its first step."""
 
@@ -226,6 +228,7 @@ class TorchEngine:
     def _step(self) -> None:
         for running in [r for r in self.rows.active if r.abort]:
             self._release(running, FinishReason.ABORTED)
+        self._end_aborted()
         self._admit()
         if not self.rows.active:
             return
@@ -250,15 +253,23 @@ class TorchEngine:
             row_of, last = np.repeat(np.arange(n), count), ends - 1
             positions = np.arange(ends[-1]) - (ends - lengths)[row_of]
         device = self.decoder.device
-        logits = self.decoder.forward(
-            torch.from_numpy(rows.tokens[row_of, positions]).to(device),
-            torch.from_numpy(row_of).to(device),
-            torch.from_numpy(positions).to(device),
-            rows.spans(count),
-            torch.from_numpy(last).to(device),
-        )
+        tokens = rows.tokens[row_of, positions]
+        logits, done, first = [], 0, 0
+        for spans in passes(rows.spans(count), PASS_TOKENS):
+            part = slice(done, done + sum(span.rows * span.width for span in spans))
+            those = slice(first, first + sum(span.rows for span in spans))
+            logits.append(
+                self.decoder.forward(
+                    torch.from_numpy(tokens[part]).to(device),
+                    torch.from_numpy(row_of[part]).to(device),
+                    torch.from_numpy(positions[part]).to(device),
+                    spans,
+                    torch.from_numpy(last[those] - done).to(device),
+                )
+            )
+            done, first = part.stop, those.stop
         present[:] = lengths
-        return np.arange(n), logits
+        return np.arange(n), logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _forward_fixed(self) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
         """Compute one token of KV for every row, idle ones included; returns the rows whose KV is then complete, and
@@ -310,12 +321,18 @@ class TorchEngine:
         else:
             self._flush(running)
 
+    def _end_aborted(self) -> None:
+        """Whatever waits and was aborted ends now, and not only when a row is free."""
+        if any(running.abort for _, _, running in self.waiting):
+            for _, _, running in self.waiting:
+                if running.abort:
+                    self._finish(running, FinishReason.ABORTED)
+            self.waiting = [entry for entry in self.waiting if not entry[2].abort]
+            heapq.heapify(self.waiting)
+
     def _admit(self) -> None:
         while self.waiting and len(self.rows.active) < self.max_sequences:
             running = heapq.heappop(self.waiting)[2]
-            if running.abort:
-                self._finish(running, FinishReason.ABORTED)
-                continue
             running.kv_version = self.version
             self.rows.open(running, self._counts["steps"])
             self._counts["prompt_tokens"] += len(running.request.prompt_ids)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,24 @@ class Running:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     chunks: list[Chunk] = field(default_factory=list)
     abort: bool = False
+
+
+def passes(spans: Sequence[Span], tokens: int) -> list[list[Span]]:
+    """Spans in the same order, cut where more than so many tokens would go together; a whole row at least."""
+    out: list[list[Span]] = [[]]
+    size = 0
+    for span in spans:
+        done = 0
+        while done < span.rows:
+            rows = min(span.rows - done, max((tokens - size) // span.width, 0 if out[-1] else 1))
+            if rows:
+                whole = rows == span.rows
+                out[-1].append(span if whole else Span(span.first + done, rows, span.width, span.end, span.even))
+            else:
+                out.append([])
+            size = size + rows * span.width if rows else 0
+            done += rows
+    return out
 
 
 class Rows:

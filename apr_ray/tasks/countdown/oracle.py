@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,8 +100,8 @@ def _all_reachable(numbers: tuple[int, ...]) -> frozenset[int]:
             continue
         seen.add(left)
         right = tuple(numbers[i] for i in range(size) if not mask >> i & 1)
-        rights = _reachable(right)
-        for a in _reachable(left):
+        rights = _PARTS[right]
+        for a in _PARTS[left]:
             for b in rights:
                 out.add(a + b)
                 out.add(a * b)
@@ -117,5 +116,27 @@ def _all_reachable(numbers: tuple[int, ...]) -> frozenset[int]:
     return frozenset(out)
 
 
-# Of parts only: whole problems are many, seldom asked for twice, and their sets are large.
-_reachable = lru_cache(maxsize=200_000)(_all_reachable)
+MOST_VALUES = 3_000_000
+"""Values in all cached sets: about 200 MB."""
+
+
+class _Parts(dict[tuple[int, ...], frozenset[int]]):
+    """The values of parts of problems, as far as they fit; whole problems are many and seldom asked for twice.
+
+    By hand, because functools' cache counts entries, of which one may hold three values or fifty thousand, and
+    cachetools', which can count values, takes ten times as long to find one.
+    """
+
+    values_held = 0
+
+    def __missing__(self, numbers: tuple[int, ...]) -> frozenset[int]:
+        found = _all_reachable(numbers)
+        self.values_held += len(found)
+        if self.values_held > MOST_VALUES:
+            self.clear()
+            self.values_held = len(found)
+        self[numbers] = found
+        return found
+
+
+_PARTS = _Parts()

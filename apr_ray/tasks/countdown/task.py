@@ -10,6 +10,7 @@ from typing import Any, Literal
 from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Problem
 from apr_ray.core.task import Demonstration, DemonstrationSet, Task, Tokenizer, Verdict
+from apr_ray.tasks.countdown.arithmetic import MAX_DIGITS
 from apr_ray.tasks.countdown.diagnosis import diagnose
 from apr_ray.tasks.countdown.grammar import Budget
 from apr_ray.tasks.countdown.oracle import is_solvable, reachable_targets
@@ -21,8 +22,6 @@ from apr_ray.tasks.countdown.verifier import verify_solution
 
 TOKEN_BIN = 512
 """Width of SoS+'s budget bins, in tokens (paper section 4.2)."""
-MOST_DIGITS = 6
-"""Of a number in a problem that somebody gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +63,7 @@ class CountdownTask(Task):
     def problem_from_json(self, data: Mapping[str, Any]) -> CountdownProblem:
         """From `{"numbers": [...], "target": t}`."""
         problem: CountdownProblem = super().problem_from_json(data)
-        if any(n >= 10**MOST_DIGITS for n in (*problem.numbers, problem.target)):
-            raise AprError(f"a number has more than {MOST_DIGITS} digits: {str(data)[:80]}", "Use smaller numbers")
+        _require_readable(problem)
         return problem
 
     def tokenizer(self) -> CountdownTokenizer:
@@ -133,9 +131,23 @@ class CountdownTask(Task):
         parts = numbers.replace(",", " ").split()
         if not arrow or not parts or not all(part.isdecimal() for part in (*parts, target.strip())):
             raise AprError(f"not a Countdown problem: {text[:80]!r}", 'Write it as "3 5 7 -> 22"')
-        if any(len(part) > MOST_DIGITS for part in (*parts, target.strip())):
-            raise AprError(f"a number of {text[:80]!r} has more than {MOST_DIGITS} digits", "Use smaller numbers")
-        return CountdownProblem(tuple(map(int, parts)), int(target))
+        if any(len(part) > MAX_DIGITS for part in (*parts, target.strip())):  # before int reads thousands of them
+            raise AprError(f"a number of {text[:80]!r} has more than {MAX_DIGITS} digits", "Use smaller numbers")
+        problem = CountdownProblem(tuple(map(int, parts)), int(target))
+        _require_readable(problem)
+        return problem
+
+    def unfamiliar(self, problem: Problem) -> str:
+        """See `core.task.Task.unfamiliar`."""
+        assert isinstance(problem, CountdownProblem)
+        space = self.options.space
+        if len(problem.numbers) != space.count:
+            return f"{len(problem.numbers)} numbers, it was trained on {space.count}"
+        if not all(space.low <= n <= space.high for n in problem.numbers):
+            return f"numbers outside {space.low}..{space.high}, on which it was trained"
+        if not space.target_low <= problem.target <= space.target_high:
+            return f"a target outside {space.target_low}..{space.target_high}, on which it was trained"
+        return ""
 
     def require_solvable(self, problem: Problem) -> None:
         """Exhaustive search over the numbers."""
@@ -143,6 +155,18 @@ class CountdownTask(Task):
         if not is_solvable(problem.numbers, problem.target):
             reachable = sorted(reachable_targets(problem.numbers), key=lambda t: (abs(t - problem.target), t))[:3]
             raise AprError(
-                f"{problem.target} cannot be reached from {', '.join(map(str, problem.numbers))}, each used once",
+                f"{problem.target} cannot be reached from {', '.join(map(str, problem.numbers))}, each used once, where"
+                " every step gives a whole number that is not negative",
                 f"Nearest targets that can: {', '.join(map(str, reachable))}",
             )
+
+
+def _require_readable(problem: CountdownProblem) -> None:
+    """Raise AprError where a search could write a number that the grammar does not read: a product has at most as many
+    digits as its factors together."""
+    digits = sum(len(str(n)) for n in problem.numbers)
+    if max(digits, len(str(problem.target))) > MAX_DIGITS:
+        raise AprError(
+            f"the numbers {', '.join(map(str, problem.numbers))} have {digits} digits together, {MAX_DIGITS} are read",
+            "Use smaller numbers",
+        )

@@ -142,6 +142,11 @@ def _id_of(backend: Any, token: str) -> int:
 def _isolated(backend: Any, tag: str) -> int:
     index = backend.token_to_id(tag)
     inside = backend.encode(f"\n{tag}\n", add_special_tokens=False).ids
+    if index is not None and backend.decode([index], skip_special_tokens=True) != tag:
+        raise AprError(
+            f"the tag {tag!r} is a special token in this tokenizer: texts would be decoded without it",
+            "Add the four spawn/join tags as ordinary tokens (add_tokens, not add_special_tokens)",
+        )
     if index is None or inside.count(index) != 1:
         raise AprError(
             f"the tag {tag!r} is not one isolated token in this tokenizer ({len(inside) - 2} ids)",

@@ -1,9 +1,14 @@
-"""The strict check of a solution: replay it, line by line. Nothing that a model wrote is evaluated."""
+"""The check of a solution: its operations, replayed on the numbers, decide. Nothing that a model wrote is evaluated.
+
+What else is wrong in its text (a state line, a node, a stray line) does not make it wrong, and has a name of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from apr_ray.core.task import Verdict
-from apr_ray.tasks.countdown.arithmetic import remaining_after
+from apr_ray.tasks.countdown.arithmetic import Operation, remaining_after
 from apr_ray.tasks.countdown.grammar import (
     EQUAL,
     MAX_TEXT_CHARS,
@@ -15,6 +20,7 @@ from apr_ray.tasks.countdown.grammar import (
     Move,
     State,
     TraceError,
+    leading_operation,
     parse_line,
     parse_trace,
 )
@@ -49,17 +55,44 @@ def extract_answer(text: str) -> str | None:
 
 
 def verify_answer(problem: CountdownProblem, answer: str) -> Verdict:
-    """Replay an answer from the root: every line must follow from the ones before it.
+    """Replay the operations of an answer, in the order of its "Exploring Operation" lines, on the problem's numbers.
 
-    Reasons: solved, answer_too_long, malformed, not_from_root, wrong_state, bad_arithmetic, wrong_numbers, wrong_node,
-    wrong_target, unfinished, trailing_text.
+    Reasons: solved, answer_too_long, no_operation, bad_arithmetic, wrong_numbers, unfinished (numbers are left),
+    wrong_target. The `form` of a right answer is the first fault of `fault_of_form`.
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, "answer_too_long")
+    operations = [found for line in answer.split("\n") if (found := leading_operation(line)) is not None]
+    reason = _replay(problem, operations)
+    return Verdict(False, reason) if reason else Verdict(True, "solved", fault_of_form(problem, answer))
+
+
+def _replay(problem: CountdownProblem, operations: Sequence[Operation]) -> str:
+    """Why these operations do not solve the problem; "" where they do."""
+    numbers: tuple[int, ...] = problem.numbers
+    for operation in operations:
+        if not operation.is_valid():
+            return "bad_arithmetic"
+        left = remaining_after(numbers, operation)
+        if left is None:
+            return "wrong_numbers"
+        numbers = left
+    if not operations:
+        return "no_operation"
+    if len(numbers) > 1:
+        return "unfinished"
+    return "" if numbers == (problem.target,) else "wrong_target"
+
+
+def fault_of_form(problem: CountdownProblem, answer: str) -> str:
+    """The first line of a right answer that does not follow from the ones before it, by name; "" where all do.
+
+    Names: malformed, not_from_root, wrong_state, wrong_numbers, wrong_node, wrong_target, unfinished, trailing_text.
+    """
     try:
         events = list(parse_trace(answer).events)
     except TraceError:
-        return Verdict(False, "malformed")
+        return "malformed"
     while events and isinstance(events[-1], ExitSubSearch):  # SoS+ leaves its nested searches after the answer
         events.pop()
 
@@ -71,36 +104,34 @@ def verify_answer(problem: CountdownProblem, answer: str) -> Verdict:
     while True:
         step = events[position : position + 4]
         if len(step) < 4:
-            return Verdict(False, "not_from_root" if first else "unfinished")
+            return "not_from_root" if first else "unfinished"
         move, state, explore, result = step
         if not isinstance(move, Move) or not isinstance(state, State) or not isinstance(explore, Explore):
-            return Verdict(False, "malformed")
+            return "malformed"
         if move.node != node:
-            return Verdict(False, "not_from_root" if first else "wrong_node")
+            return "not_from_root" if first else "wrong_node"
         same = sorted(state.numbers) == sorted(numbers) if first else state.numbers == numbers
         if not same or state.operations != done:
-            return Verdict(False, "wrong_state")
+            return "wrong_state"
         if state.target != problem.target:
-            return Verdict(False, "wrong_target")
+            return "wrong_target"
         numbers, first = state.numbers, False
-        if not explore.operation.is_valid():
-            return Verdict(False, "bad_arithmetic")
         left = remaining_after(numbers, explore.operation)
         if left is None or sorted(explore.numbers) != sorted(left):
-            return Verdict(False, "wrong_numbers")
+            return "wrong_numbers"
         numbers, done = explore.numbers, (*done, explore.operation)
         position += 4
         if isinstance(result, Compare):
             break
         if not isinstance(result, Generate) or result.operation != explore.operation:
-            return Verdict(False, "malformed")
+            return "malformed"
         if result.numbers != numbers or result.target != problem.target or result.node[:-1] != node:
-            return Verdict(False, "wrong_node")
+            return "wrong_node"
         node = result.node
     if not result.equal or numbers != (result.value,) or result.value != problem.target:
-        return Verdict(False, "wrong_target")
+        return "wrong_target"
     if result.target != problem.target:
-        return Verdict(False, "wrong_target")
+        return "wrong_target"
     if position != len(events):
-        return Verdict(False, "trailing_text")
-    return Verdict(True, "solved")
+        return "trailing_text"
+    return ""
