@@ -15,7 +15,7 @@ import pytest
 
 from apr_ray.config import Config, parse_config
 from apr_ray.core.engine import FinishReason, VersionSpan
-from apr_ray.core.errors import ConfigError
+from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.core.ledger import SOLVED, Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import EvalResult
@@ -272,3 +272,20 @@ def test_tokens_end_a_run_at_the_end_of_a_step(tmp_path: Path, monkeypatch: pyte
     found = run.latest()
     assert found is not None
     assert (found[1].step, found[1].sampled_tokens) == (3, 60)
+
+
+def test_steps_that_train_on_nothing_are_said_and_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Faults 14a: a run whose trees were all dropped ended with rc 0, and nothing was said."""
+    config = a_config(tmp_path, steps=9, kl_coefficient=0.0)
+    with pytest.raises(AprError, match=r"step 3 trained on nothing.*all trees have the same reward; so were the 2"):
+        trained(config, [0.0] * 9, monkeypatch)
+    assert [f"step {n} trained on nothing" in caplog.text for n in (1, 2, 3)] == [True, True, False]
+
+    def old_trees(stub: Stub, requests: Sequence[Any]) -> Iterator[tuple[int, ThreadTree]]:
+        yield from enumerate(a_tree(r.problem.key, r.sample, WeightVersion(0, 0)) for r in requests)
+
+    monkeypatch.setattr(Stub, "run", old_trees)
+    with pytest.raises(AprError, match=r"step 4 trained on nothing.*older than grpo\.max_staleness allows"):
+        trained(a_config(tmp_path / "stale", steps=9), [0.5] * 9, monkeypatch)

@@ -72,7 +72,8 @@ PHRASES = (
 
 _PATTERN = "|".join(re.escape(p).replace("\\\n", r"\n") for p in sorted(PHRASES, key=len, reverse=True))
 """The longest phrase wins."""
-_PHRASE = re.compile(_PATTERN)
+_PHRASE = re.compile("[0-9]|" + "|".join(p for p in _PATTERN.split("|") if not p.isdigit()))
+"""The same with digits first, which are half of a text and of which no phrase begins with one."""
 
 
 class CountdownTokenizer:
