@@ -84,9 +84,15 @@ def a_run(root: Path, made: Callable[[int], ThreadTree], count: int, steps: Sequ
 @pytest.mark.parametrize("steps", [(0, 3), (1,)], ids=["before and after", "one step"])
 @pytest.mark.parametrize("case", CASES)
 def test_tables_report_and_lanes_survive(
-    case: str, steps: tuple[int, ...], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    steps: tuple[int, ...],
+    count: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Faults 1: a quickstart that solved all or none ended in a traceback before its table."""
+    monkeypatch.setenv("COLUMNS", "200")
     _, run = a_run(tmp_path, CASES[case], count, steps)
     final_table(run)
     assert "accuracy" in capsys.readouterr().out
@@ -148,7 +154,10 @@ def test_a_narrow_terminal_ends_no_command(columns: str, tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
 
 
-def test_what_goes_to_a_file_is_not_folded_at_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_goes_to_a_file_is_not_folded_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     print_table("wide", [f"a column with a long name {i}" for i in range(5)], [["x" * 24] * 5])
     assert max(map(len, capsys.readouterr().out.splitlines())) > 120
 
@@ -200,6 +209,7 @@ def test_a_run_that_could_not_start_leaves_no_folder(tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, signal, sys
 import apr_ray
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from apr_ray.threads.events import TokensSampled
 
 tokens = 0

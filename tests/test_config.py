@@ -254,6 +254,7 @@ def test_home_is_expanded_wherever_a_path_is_given(monkeypatch: pytest.MonkeyPat
 
 def test_another_programs_config_file_is_no_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Faults 19: any config.yaml up to three folders above a policy made it unusable."""
+    caplog.set_level("WARNING", logger="apr_ray")
     policy = tmp_path / "run" / "final"
     policy.mkdir(parents=True)
     for text in ("foo: 1\n", "- a\n", "a: [", ""):

@@ -209,7 +209,7 @@ def test_metrics_are_in_the_run_folder_when_the_tracker_fails(exact: Config, tmp
 def solver_tasks() -> list[int]:
     """The processes of this Ray that solve demonstrations now."""
     children = psutil.Process().children(recursive=True)
-    return [p.pid for p in children if "_solve_batch" in "".join(p.cmdline())]
+    return [p.pid for p in children if "_write_part" in "".join(p.cmdline())]
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------

@@ -278,6 +278,7 @@ def test_steps_that_train_on_nothing_are_said_and_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Faults 14a: a run whose trees were all dropped ended with rc 0, and nothing was said."""
+    caplog.set_level("WARNING", logger="apr_ray")
     config = a_config(tmp_path, steps=9, kl_coefficient=0.0)
     with pytest.raises(AprError, match=r"step 3 trained on nothing.*all trees have the same reward; so were the 2"):
         trained(config, [0.0] * 9, monkeypatch)

@@ -46,9 +46,16 @@ def test_the_words_of_a_join_tag_are_no_goal_line() -> None:
     [
         ("3*5=15, Res", "3*5=16, Res", "bad_arithmetic"),
         ("3*5=15, Res", "3*7=21, Res", "wrong_numbers"),
+        ("Resulting Numbers: [7, 15]", "Resulting Numbers: [5, 15]", "wrong_numbers"),
+        ("3*5=15, Res", "4*5=20, Res", "wrong_numbers"),
         ("Exploring Operation: 7+15=22, Resulting Numbers: [22]\n", "", "unfinished"),
-        ("Exploring Operation: 7+15=22", "Exploring Operation: 15-7=8", "wrong_target"),
+        (
+            "Exploring Operation: 7+15=22, Resulting Numbers: [22]",
+            "Exploring Operation: 15-7=8, Resulting Numbers: [8]",
+            "wrong_target",
+        ),
         ("Exploring Operation", "Exploring operation", "no_operation"),
+        (GOAL, "", "unfinished"),
         (GOAL, "Exploring Operation: 22+0=22, Resulting Numbers: [22]\n" + GOAL, "wrong_numbers"),
     ],
 )
@@ -62,14 +69,11 @@ def test_operations_that_do_not_solve_are_refused_for_a_named_reason(old: str, n
 @pytest.mark.parametrize(
     ("old", "new", "form"),
     [
-        ("Resulting Numbers: [7, 15]", "Resulting Numbers: [5, 15]", "wrong_numbers"),
-        ("Resulting Numbers: [7, 15]", "Resulting Numbers: (7, 15)", "malformed"),
         ("22:[3, 5, 7], Op", "22:[3, 5, 22], Op", "wrong_state"),
         ("Operations: ['3*5=15']", "Operations: []", "wrong_state"),
         ("Moving to Node #0,0", "Moving to Node #0,1", "wrong_node"),
         ("Moving to Node #0\n", "Moving to Node #0,3\n", "not_from_root"),
         ("Current State: 22:[3", "Current State: 23:[3", "wrong_target"),
-        ("22,22 equal: Goal Reached\n", "", "unfinished"),
         ("22,22 equal", "22,22 unequal: No Solution\n22,22 equal", "wrong_target"),
         ("Generated Node #0,0", "Generated Node #1,0", "wrong_node"),
         (ANSWER, ANSWER + "Moving to Node #0\n", "trailing_text"),
@@ -121,10 +125,15 @@ def test_an_endless_answer_is_refused_by_its_size() -> None:
 def test_one_changed_character_is_a_fault_of_form_or_makes_the_answer_wrong(at: int, character: str) -> None:
     altered = ANSWER[:at] + character + ANSWER[at + 1 :]
     verdict = verify_answer(PROBLEM, altered)
-    written = re.findall("^Exploring Operation: ([^,]*),", altered, re.MULTILINE)
-    if bool(verdict) != (written == ["3*5=15", "7+15=22"]):  # another right operation, or what follows one changed
-        assert re.match("^(3\\*5|5\\*3)=15", "".join(written)) or not verdict
-    assert (verdict.reason, verdict.form) == ("solved", "") if altered == ANSWER else verdict.form or not verdict
+    explored = re.findall("^Exploring Operation: .*", altered, re.MULTILINE)
+    same = explored == re.findall("^Exploring Operation: .*", ANSWER, re.MULTILINE)
+    if altered == ANSWER:
+        assert (verdict.reason, verdict.form) == ("solved", "")
+    elif verdict:
+        assert verdict.form
+        assert same
+    else:
+        assert not same or not altered.endswith(GOAL)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -5,6 +5,7 @@ problems ─▶ ray.data: solve and tokenise in parallel ─▶ Parquet ─▶ D
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -140,7 +141,13 @@ def rows_to_table(rows: Sequence[dict[str, Any]]) -> Any:
     """Rows of `solve_rows` as an Arrow table in the Parquet files' schema."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist(rows, schema=_schema())
+    schema = _schema()
+    columns = {name: pa.array([row[name] for row in rows], schema.field(name).type) for name in schema.names[:-1]}
+    # As one array: list by list, this would take as long as the search.
+    ends = np.cumsum([0, *(len(row["ids"]) for row in rows)], dtype=np.int64)
+    ids = np.fromiter(itertools.chain.from_iterable(row["ids"] for row in rows), np.int32, int(ends[-1]))
+    columns["ids"] = pa.LargeListArray.from_arrays(ends, ids)
+    return pa.table(columns, schema)
 
 
 @lru_cache(maxsize=1)

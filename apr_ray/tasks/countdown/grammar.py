@@ -220,7 +220,6 @@ _SMALL = r"(0|[1-9][0-9]{0,4})"
 BUDGET_KINDS = ("Sub Call Budget", "Token Budget")
 _BUDGET = re.compile(rf"({'|'.join(BUDGET_KINDS)}): ([1-9][0-9]{{0,5}}) ")
 _ONE_OPERATION = re.compile(_OPERATION)
-_EXPLORING = "Exploring Operation: "
 _FIXED = frozenset({SPAWN_OPEN, SPAWN_CLOSE, JOIN_OPEN, JOIN_CLOSE, NO_SOLUTION, SUB_NO_SOLUTION})
 
 
@@ -242,7 +241,7 @@ def _operations(text: str) -> tuple[Operation, ...]:
 
 _LINES: tuple[tuple[str, re.Pattern[str], Callable[..., Event]], ...] = (
     (
-        _EXPLORING,
+        "Exploring Operation: ",
         re.compile(rf"Exploring Operation: {_OPERATION}, Resulting Numbers: {_NUMBERS}"),
         lambda a, o, b, r, n: Explore(_operation(a, o, b, r), _ints(n)),
     ),
@@ -293,15 +292,6 @@ def parse_line(line: str) -> Event | None:
             return build(*match.groups()) if match else None
     match = _COMPARE.fullmatch(line)
     return Compare(int(match[1]), int(match[2]), match[3][0] == "e") if match else None
-
-
-def leading_operation(line: str) -> Operation | None:
-    """The operation that an "Exploring Operation" line begins with, whatever follows it; None of any other line."""
-    if not line.startswith(_EXPLORING):
-        return None
-    match = _ONE_OPERATION.match(line, len(_EXPLORING))
-    whole = match is not None and not line[match.end() : match.end() + 1].isdigit()
-    return _operation(*match.groups()) if match is not None and whole else None
 
 
 def split_budget(text: str) -> tuple[Budget | None, str]:

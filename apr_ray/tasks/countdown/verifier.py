@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from apr_ray.core.task import Verdict
-from apr_ray.tasks.countdown.arithmetic import Operation, remaining_after
+from apr_ray.tasks.countdown.arithmetic import remaining_after
 from apr_ray.tasks.countdown.grammar import (
     EQUAL,
     MAX_TEXT_CHARS,
     ROOT,
     Compare,
+    Event,
     ExitSubSearch,
     Explore,
     Generate,
     Move,
     State,
     TraceError,
-    leading_operation,
     parse_line,
     parse_trace,
 )
@@ -55,33 +55,39 @@ def extract_answer(text: str) -> str | None:
 
 
 def verify_answer(problem: CountdownProblem, answer: str) -> Verdict:
-    """Replay the operations of an answer, in the order of its "Exploring Operation" lines, on the problem's numbers.
+    """Replay the "Exploring Operation" lines of an answer, in their order, on the problem's numbers; a "Goal Reached"
+    line must follow the last. The authors' released code accepts the same of its altered solutions.
 
-    Reasons: solved, answer_too_long, no_operation, bad_arithmetic, wrong_numbers, unfinished (numbers are left),
-    wrong_target. The `form` of a right answer is the first fault of `fault_of_form`.
+    Reasons: solved, answer_too_long, no_operation, bad_arithmetic, wrong_numbers, wrong_target, unfinished (numbers are
+    left, or it does not say that it is done). The `form` of a right answer is its first `fault_of_form`.
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, "answer_too_long")
-    operations = [found for line in answer.split("\n") if (found := leading_operation(line)) is not None]
-    reason = _replay(problem, operations)
+    events = [event for line in answer.split("\n") if (event := parse_line(line)) is not None]
+    reason = _replay(problem, events)
     return Verdict(False, reason) if reason else Verdict(True, "solved", fault_of_form(problem, answer))
 
 
-def _replay(problem: CountdownProblem, operations: Sequence[Operation]) -> str:
-    """Why these operations do not solve the problem; "" where they do."""
+def _replay(problem: CountdownProblem, events: Sequence[Event]) -> str:
+    """Why these lines do not solve the problem; "" where they do."""
     numbers: tuple[int, ...] = problem.numbers
-    for operation in operations:
-        if not operation.is_valid():
-            return "bad_arithmetic"
-        left = remaining_after(numbers, operation)
-        if left is None:
-            return "wrong_numbers"
-        numbers = left
-    if not operations:
+    explored = ended = False
+    for event in events:
+        if isinstance(event, Explore):
+            if not event.operation.is_valid():
+                return "bad_arithmetic"
+            left = remaining_after(numbers, event.operation)
+            if left is None or sorted(left) != sorted(event.numbers):
+                return "wrong_numbers"
+            numbers, explored, ended = left, True, False
+        elif isinstance(event, Compare) and event.equal:
+            ended = True
+
+    if not explored:
         return "no_operation"
-    if len(numbers) > 1:
-        return "unfinished"
-    return "" if numbers == (problem.target,) else "wrong_target"
+    if len(numbers) == 1 and numbers[0] != problem.target:
+        return "wrong_target"
+    return "" if numbers == (problem.target,) and ended else "unfinished"
 
 
 def fault_of_form(problem: CountdownProblem, answer: str) -> str:
