@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import apr_ray
+from apr_ray.cli.common import find_config
 from apr_ray.config import Config, differences, load_config
 from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.tracking.progress import ProgressBars
+from apr_ray.training import controls
 from apr_ray.training.controls import ARMS, GRPO, _train, difference, run_controls
 from apr_ray.training.run_dir import RunDir
 
@@ -82,3 +85,20 @@ def test_every_arm_is_a_preset_over_the_quickstarts(arm: str) -> None:
         load_config([PRESETS / f"{name}.yaml" for name in ("quickstart", f"control-{arm}")]),
     )
     assert changed_by_arm
+
+
+def test_every_arms_settings_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are made as overrides are; the arms themselves train in the slow tier."""
+    configs: dict[str, Any] = {}
+    monkeypatch.setattr(controls, "require_demonstrations", lambda data: [])
+    monkeypatch.setattr(controls, "_train", lambda arm, config, *others: configs.update({arm: config}))
+    monkeypatch.setattr(controls, "_results", lambda *others: [])
+    preset = find_config("quickstart")
+    where = [f"run.root={tmp_path}"]
+    run_controls([preset], where, tmp_path, tmp_path, tokens=7, seeds=2, arms=ARMS, bars=ProgressBars())
+    assert set(configs) == set(ARMS)
+    for arm, config in configs.items():
+        assert (config.grpo.keep_batches, config.grpo.tokens, config.sft.tokens) == ("off", 7, 7)
+        assert (config.run.name, config.run.seed) == (f"controls/{arm}-1", 1)
+        assert config.init_from == str(tmp_path)
+    assert configs["frozen-engine"].weights.transport == "none"

@@ -175,7 +175,9 @@ def test_a_killed_reward_actor_is_asked_again(exact: Config, checkpoint: Path, t
     scored = reward.score(problems, trees)
     os.kill(pid_of(reward.actor), signal.SIGKILL)
     assert reward.score(problems, trees) == scored
+    second = pid_of(reward.actor)
     reward.stop()
+    wait_until(lambda: not psutil.pid_exists(second))
     with pytest.raises(PartDied, match="reward actor"):
         reward.score(problems, trees)
 

@@ -108,7 +108,7 @@ def run_controls(
         "sft.max_minutes=null",
         "grpo.max_minutes=null",
         f"grpo.steps={STEPS}",  # tokens alone end it
-        "grpo.keep_batches='off'",
+        "grpo.keep_batches=off",
     ]
     require_demonstrations(data)  # what is missing is said before the first arm is trained
     base = load_config(files, overrides)
