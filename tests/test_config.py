@@ -58,10 +58,10 @@ def test_an_override_keeps_the_other_defaults_of_its_section() -> None:
 
 
 def test_drained_workers_do_not_lend_their_engines_to_other_trees() -> None:
-    overlap = ["grpo.overlap=true", "grpo.max_staleness=1", "rollout.fan_out=spread"]
+    ahead = ["grpo.ahead=1", "grpo.max_staleness=1", "rollout.fan_out=spread"]
     with pytest.raises(ConfigError, match=r"use weights\.mode=pause, or rollout\.fan_out=local"):
-        load_config([], [*overlap, "weights.mode=drain"])
-    load_config([], overlap)
+        load_config([], [*ahead, "weights.mode=drain"])
+    load_config([], ahead)
 
 
 def test_yaml_survives_a_round_trip(tmp_path: Path) -> None:

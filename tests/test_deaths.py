@@ -37,7 +37,7 @@ from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.threads.runtime import TreeRequest
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.grpo import train_grpo
+from apr_ray.training.grpo import run_grpo
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import tracked
 from apr_ray.training.watch import Watch
@@ -309,9 +309,9 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_run_goes_on(
     found = run.latest()
     assert found is not None
     assert found[1].step == 1
-    train_grpo(run.config, run, checkpoint, ProgressBars(quiet=True))
+    run_grpo(run.config, run, checkpoint, ProgressBars(quiet=True))
     unbroken = RunDir.create(changed(config, run={"root": str(tmp_path), "name": "unbroken"}), "train")
-    train_grpo(unbroken.config, unbroken, checkpoint, ProgressBars(quiet=True))
+    run_grpo(unbroken.config, unbroken, checkpoint, ProgressBars(quiet=True))
     assert told(run) == told(unbroken)
     assert final_policy(run) == final_policy(unbroken)
 
@@ -344,7 +344,7 @@ def spawning(long: Config, task: CountdownTask, tmp_path_factory: pytest.TempPat
 def unbroken_long(long: Config, spawning: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> RunDir:
     root = tmp_path_factory.mktemp("unbroken")
     run = RunDir.create(changed(long, run={"root": str(root), "name": "run"}), "train")
-    train_grpo(run.config, run, spawning, ProgressBars(quiet=True))
+    run_grpo(run.config, run, spawning, ProgressBars(quiet=True))
     assert sum(row["rollout/children"] for row in run.metrics() if "rollout/reward" in row) > 0, "no tree spawned"
     return run
 

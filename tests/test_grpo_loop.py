@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,18 @@ from apr_ray.core.ledger import SOLVED, Call, Outcome, ThreadTree
 from apr_ray.core.weights import WeightVersion
 from apr_ray.evaluation.evaluate import EvalResult
 from apr_ray.learner.steps import StepStats
+from apr_ray.model.llama import policy_fingerprint
 from apr_ray.rollout.pool import CheckSample
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training import grpo as loop
-from apr_ray.training.grpo import Parts, batch_of, step_metrics, train_grpo
-from apr_ray.training.rollouts import Rollouts
+from apr_ray.training.groups import Drawn, GroupStream, fresh_groups, group
+from apr_ray.training.grpo import Parts, batch_of, run_grpo, train_grpo
+from apr_ray.training.policy import Policy
 from apr_ray.training.run_dir import LoopState, RunDir
-from apr_ray.training.session import Clock
-from apr_ray.training.turns import Turns
-from apr_ray.training.watch import Watch
+from apr_ray.training.step import Pace, Step
+from apr_ray.training.step_report import step_metrics
+from apr_ray.training.watch import Judge, Watch
 
+V0 = WeightVersion(0, 0)
 PROBLEMS = [type("P", (), {"key": f"p{i}"})() for i in range(40)]
 
 
@@ -112,32 +113,57 @@ def a_config(root: Path, **grpo: Any) -> Config:
     )
 
 
+class Ended:
+    """A clock by which a run's time is up after some versions."""
+
+    def __init__(self, stub: Stub, steps: int) -> None:
+        self.stub, self.steps = stub, steps
+
+    def elapsed_s(self) -> float:
+        return 1.0
+
+    def share_of(self, minutes: float | None) -> float:
+        return self.stub.version.counter / self.steps
+
+
+class NoBar:
+    def update(self, done: float, note: str = "") -> None:
+        pass
+
+
 def trained(
-    config: Config, accuracy: Sequence[float], monkeypatch: pytest.MonkeyPatch, clock_steps: int | None = None
+    config: Config,
+    accuracy: Sequence[float],
+    clock_steps: int | None = None,
+    stub: Any = None,
+    version: WeightVersion = V0,
 ) -> tuple[RunDir, Path]:
     """A run whose policy after step n has `accuracy[n]`; with `clock_steps`, its time is up in that step."""
-    stub: Any = Stub(accuracy)
-
-    @contextmanager
-    def parts_of(config: Config, run: RunDir, policy: Path, state: LoopState, bars: ProgressBars) -> Iterator[Parts]:
-        rollouts = Rollouts(stub, PROBLEMS * 10, config)  # type: ignore[arg-type]
-        watch = Watch(config, run, Silent(), bars)  # type: ignore[arg-type]
-        yield Parts(stub, stub, stub, stub, Turns(config, stub), rollouts, watch, stub)
-        rollouts.stop()
-
-    monkeypatch.setattr(loop, "parts_of", parts_of)
+    stub = stub or Stub(accuracy)
+    run, state, grpo = RunDir.create(config, "train"), LoopState(), config.grpo
+    start = write_policy(run.path.parent / "start", 0)
+    pace = Pace(
+        state, grpo.optimizer, steps=grpo.steps, tokens=grpo.tokens, minutes=grpo.max_minutes,
+        eval_every=grpo.eval_every, save_every=grpo.save_every,
+    )  # fmt: skip
     if clock_steps is not None:
-        monkeypatch.setattr(Clock, "share_of", lambda clock, minutes: stub.version.counter / clock_steps)
-    run = RunDir.create(config, "train")
-    return run, train_grpo(config, run, write_policy(run.path.parent / "start", 0), ProgressBars(quiet=True))
+        pace.clock = Ended(stub, clock_steps)  # type: ignore[assignment]
+    watch = Watch(config, run, Silent(), ProgressBars(quiet=True))  # type: ignore[arg-type]
+    groups = GroupStream(stub, stub, PROBLEMS * 10, config)  # type: ignore[arg-type]
+    policy = Policy(config, stub, stub, stub, version, start)
+    parts = Parts(policy, groups, Judge(watch, stub, stub, state), pace, NoBar(), stub, True, start)
+    try:
+        return run, train_grpo(run, grpo, parts)
+    finally:
+        groups.stop()
 
 
 @pytest.mark.parametrize(("save_every", "eval_every"), [(100, 100), (2, 100), (3, 3), (1, 2), (100, 3)])
 def test_a_run_that_its_clock_ends_reports_the_policy_that_it_keeps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int, eval_every: int
+    tmp_path: Path, save_every: int, eval_every: int
 ) -> None:
     config = a_config(tmp_path, steps=100, max_minutes=1.0, save_every=save_every, eval_every=eval_every)
-    run, final = trained(config, [0.5] * 9, monkeypatch, clock_steps=3)
+    run, final = trained(config, [0.5] * 9, clock_steps=3)
     rows = run.metrics()
     assert [row["step"] for row in rows if "rollout/reward" in row] == [1, 2, 3]
     assert [row["step"] for row in rows if "eval/greedy/accuracy" in row] == [0, 3]
@@ -155,32 +181,27 @@ def test_a_run_that_its_clock_ends_reports_the_policy_that_it_keeps(
         ([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 0),  # the first of equals
     ],
 )
-def test_the_best_policy_is_never_worse_than_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: list[float], best: int
-) -> None:
-    run, final = trained(a_config(tmp_path, steps=6), accuracy, monkeypatch)
+def test_the_best_policy_is_never_worse_than_the_first(tmp_path: Path, accuracy: list[float], best: int) -> None:
+    run, final = trained(a_config(tmp_path, steps=6), accuracy)
     assert policy_of(run.path / "best") == best
     assert policy_of(final) == 6
     quick = {r["step"]: r["eval/quick/accuracy"] for r in run.metrics() if "eval/quick/accuracy" in r}
     assert quick == {step: accuracy[step] for step in (0, 2, 4, 6)}, "the best is chosen on validation problems"
 
 
-def test_trees_that_were_begun_when_the_clock_ends_a_run_end_before_its_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trees_that_were_begun_when_the_clock_ends_a_run_end_before_its_evaluation(tmp_path: Path) -> None:
     events: list[str] = []
-    run = Stub.run
 
-    def slowly(stub: Stub, requests: Sequence[Any]) -> Iterator[tuple[int, ThreadTree]]:
-        evaluation = requests[0].temperature == 0
-        if not evaluation:
-            time.sleep(0.05)
-        yield from run(stub, requests)
-        events.append("evaluation" if evaluation else "step")
+    class Slow(Stub):
+        def run(self, requests: Sequence[Any]) -> Iterator[tuple[int, ThreadTree]]:
+            evaluation = requests[0].temperature == 0
+            if not evaluation:
+                time.sleep(0.05)
+            yield from super().run(requests)
+            events.append("evaluation" if evaluation else "step")
 
-    monkeypatch.setattr(Stub, "run", slowly)
-    config = a_config(tmp_path, steps=100, overlap=True, max_staleness=1, eval_every=100, max_minutes=1.0)
-    trained(config, [0.5] * 9, monkeypatch, clock_steps=3)
+    config = a_config(tmp_path, steps=100, ahead=1, max_staleness=1, eval_every=100, max_minutes=1.0)
+    trained(config, [], clock_steps=3, stub=Slow([0.5] * 9))
     full = ["evaluation"] * 2  # the test set, then validation problems
     assert events == [*full, *["step"] * 4, *full]
 
@@ -191,13 +212,16 @@ def test_a_steps_metrics_are_means_over_what_was_trained() -> None:
     trees = [a_tree("p", i, WeightVersion(0, 3 + i), float(i)) for i in range(2)]
     trees += [a_tree("q", i, version, 1.0) for i in range(2)]
     grpo = config.grpo.model_copy(update={"max_staleness": 1})
-    made = batch_of(trees, grpo, version)
+    fresh, stale = fresh_groups(group(trees, 2), version, 1)
+    drawn = Drawn(trees, [], fresh, stale, rollout_s=2.0)
+    made = batch_of(drawn, grpo)
     stats = [
         StepStats(0.1, 4, 8, 1.0, 1e-3, kl=0.2, entropy=3.0, clipped=1, cut=2),
         StepStats(0.1, 4, 8, 3.0, 1e-3, kl=0.4, entropy=5.0, clipped=3),
     ]
-    times = [0.0, 1.0, 1.5, 3.5, 3.75, 4.0]
-    found = step_metrics(trees, made, stats, version, times, rollout_s=2.0, with_kl=True)
+    step = Step(1, 1e-3, False, False)
+    step.seconds |= {"wait": 1.0, "reward": 0.5, "learn": 2.0, "keep": 0.25, "sync": 0.25}
+    found = step_metrics(step, drawn, made, stats, version, with_kl=True)
     assert found["rollout/reward"] == 0.75
     assert found["rollout/zero_variance_groups"] == 0.5
     assert found["rollout/staleness"] == 0.25
@@ -211,23 +235,20 @@ def test_a_steps_metrics_are_means_over_what_was_trained() -> None:
     parts = [found[f"time/{name}_s"] for name in ("wait", "reward", "learn", "keep", "sync")]
     assert parts == [1.0, 0.5, 2.0, 0.25, 0.25]
     assert sum(parts) == found["time/step_s"]
-    assert "train/kl" not in step_metrics(trees, made, stats, version, times, 2.0, with_kl=False)
+    assert "train/kl" not in step_metrics(step, drawn, made, stats, version, with_kl=False)
 
 
-def test_a_run_that_died_before_its_first_checkpoint_goes_on_with_fresh_trees(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_died_before_its_first_checkpoint_goes_on_with_fresh_trees(tmp_path: Path) -> None:
     """Engines begin at version 0.0, the weights of the second attempt are 1.0: they are told before the first tree."""
-    monkeypatch.setattr(RunDir, "unused_incarnation", lambda run, saved=-1: 1)
-    run, _ = trained(a_config(tmp_path, steps=1), [0.5] * 2, monkeypatch)
+    run, _ = trained(a_config(tmp_path, steps=1), [0.5] * 2, version=WeightVersion(1, 0))
     (step,) = [row for row in run.metrics() if "rollout/reward" in row]
     assert step["rollout/staleness"] == 0
     assert "rollout/tokens/stale" not in step or step["rollout/tokens/stale"] == 0
     assert step["train/loss"] == 0.1
 
 
-def test_every_tree_is_a_line_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = trained(a_config(tmp_path, steps=2, overlap=True, max_staleness=1), [0.5] * 3, monkeypatch)
+def test_every_tree_is_a_line_of_the_samples(tmp_path: Path) -> None:
+    run, _ = trained(a_config(tmp_path, steps=2, ahead=1, max_staleness=1), [0.5] * 3)
     rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1] * 10 + [2] * 10
     assert {row["reward"] for row in rows} == {0.0, 1.0}
@@ -241,12 +262,14 @@ def test_every_tree_is_a_line_of_the_samples(tmp_path: Path, monkeypatch: pytest
     assert len((run.path / "samples.jsonl").read_text().splitlines()) == 10
 
 
-def test_a_run_does_not_go_on_from_another_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = trained(a_config(tmp_path, steps=1), [0.5] * 3, monkeypatch)
+def test_a_run_does_not_go_on_from_another_policy(tmp_path: Path) -> None:
+    run, start = RunDir.create(a_config(tmp_path, steps=1), "train"), write_policy(tmp_path / "start", 0)
+    with run.checkpoint(LoopState(step=1, policy=policy_fingerprint(start))) as folder:
+        Stub([]).save(folder)
     other = write_policy(tmp_path / "other", 0)
     (other / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ConfigError, match="began with another policy than"):
-        train_grpo(run.config, run, other, ProgressBars(quiet=True))
+        run_grpo(run.config, run, other, ProgressBars(quiet=True))
 
 
 def test_a_problem_passes_with_one_solved_sample_of_several() -> None:
@@ -258,35 +281,65 @@ def test_a_problem_passes_with_one_solved_sample_of_several() -> None:
     assert "eval/t1.0/pass_at_n" not in EvalResult(1.0, 2, 1, 0.0, 0.0, 1.0, (trees[0], trees[3])).metrics()
 
 
-def test_a_step_short_of_groups_with_variance_is_refilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_short_of_groups_with_variance_is_refilled(tmp_path: Path) -> None:
     """Of its five groups one has variance, so four further problems are drawn, and three more after the next one."""
-    run, _ = trained(a_config(tmp_path, steps=1, refill_rounds=2), [0.5, 0.5], monkeypatch)
+    run, _ = trained(a_config(tmp_path, steps=1, refill_rounds=2), [0.5, 0.5])
     rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
     drawn = [*range(5), *range(5, 9), *range(10, 13)]
     assert [row["problem"] for row in rows] == [f"p{i}" for i in drawn for _ in range(2)]
 
 
-def test_tokens_end_a_run_at_the_end_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_end_a_run_at_the_end_of_a_step(tmp_path: Path) -> None:
     """A step samples 10 trees of 2 tokens: the third is the first that reaches 50."""
-    run, _ = trained(a_config(tmp_path, steps=100, tokens=50), [0.5] * 4, monkeypatch)
+    run, _ = trained(a_config(tmp_path, steps=100, tokens=50), [0.5] * 4)
     found = run.latest()
     assert found is not None
     assert (found[1].step, found[1].sampled_tokens) == (3, 60)
 
 
-def test_steps_that_train_on_nothing_are_said_and_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_steps_that_train_on_nothing_are_said_and_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Faults 14a: a run whose trees were all dropped ended with rc 0, and nothing was said."""
     caplog.set_level("WARNING", logger="apr_ray")
     config = a_config(tmp_path, steps=9, kl_coefficient=0.0)
     with pytest.raises(AprError, match=r"step 3 trained on nothing.*all trees have the same reward; so were the 2"):
-        trained(config, [0.0] * 9, monkeypatch)
+        trained(config, [0.0] * 9)
     assert [f"step {n} trained on nothing" in caplog.text for n in (1, 2, 3)] == [True, True, False]
 
-    def old_trees(stub: Stub, requests: Sequence[Any]) -> Iterator[tuple[int, ThreadTree]]:
-        yield from enumerate(a_tree(r.problem.key, r.sample, WeightVersion(0, 0)) for r in requests)
+    class Old(Stub):
+        def run(self, requests: Sequence[Any]) -> Iterator[tuple[int, ThreadTree]]:
+            yield from enumerate(a_tree(r.problem.key, r.sample, V0) for r in requests)
 
-    monkeypatch.setattr(Stub, "run", old_trees)
     with pytest.raises(AprError, match=r"step 4 trained on nothing.*older than grpo\.max_staleness allows"):
-        trained(a_config(tmp_path / "stale", steps=9), [0.5] * 9, monkeypatch)
+        trained(a_config(tmp_path / "stale", steps=9), [], stub=Old([0.5] * 9))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_trees_are_as_many_versions_old_as_steps_are_ahead(tmp_path: Path, ahead: int) -> None:
+    """One loop: synchronous, one step off, asynchronous. An evaluation has the engines to itself."""
+    config = a_config(tmp_path, steps=6, ahead=ahead, max_staleness=ahead, eval_every=100)
+
+    class Waiting(Stub):
+        """Trees of a later step are drawn at once, before the next version."""
+
+        def grpo_step(self, *asked: Any) -> list[StepStats]:
+            time.sleep(0.05)
+            return super().grpo_step(*asked)
+
+    run, _ = trained(config, [], stub=Waiting([0.5] * 9))
+    ages = [row["rollout/staleness"] for row in run.metrics() if "rollout/staleness" in row]
+    assert ages == [min(number, ahead) for number in range(6)]
+    due = a_config(tmp_path / "due", steps=6, ahead=ahead, max_staleness=ahead, eval_every=3)
+    run, _ = trained(due, [], stub=Waiting([0.5] * 9))
+    ages = [row["rollout/staleness"] for row in run.metrics() if "rollout/staleness" in row]
+    assert ages == [min(number % 3, ahead) for number in range(6)]
+
+
+def test_no_version_without_an_optimiser_step(tmp_path: Path) -> None:
+    """Step 2 has nothing to learn from, so the engines keep the weights that they have."""
+    config = a_config(tmp_path, steps=3, kl_coefficient=0.0)
+    run, _ = trained(config, [0.5, 0.0, 0.5])
+    state = run.latest()
+    assert state is not None
+    assert WeightVersion.parse(state[1].version).counter == 1
+    rows = [row for row in run.metrics() if "rollout/reward" in row]
+    assert ["sync/delta_logprob_mean" in row for row in rows] == [True, False, False]

@@ -29,9 +29,9 @@ from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.controls import CONTROLS, run_controls
-from apr_ray.training.grpo import fresh_groups, group, train_grpo
+from apr_ray.training.groups import fresh_groups, group, sample_trees
+from apr_ray.training.grpo import run_grpo
 from apr_ray.training.quickstart import run_quickstart
-from apr_ray.training.rollouts import sample_trees
 from apr_ray.training.run_dir import RunDir
 from apr_ray.training.sft import train_sft
 from apr_ray.training.watch import Watch
@@ -189,9 +189,9 @@ def test_a_killed_grpo_run_goes_on_from_its_checkpoint(finished: RunDir, single_
     grpo = single_config.grpo.model_copy(update={"steps": 2})
     short = with_run(single_config.model_copy(update={"grpo": grpo}), tmp_path, "r")
     run = RunDir.create(short, "train")
-    train_grpo(short, run, policy, QUIET)
+    run_grpo(short, run, policy, QUIET)
     long = with_run(single_config, tmp_path, "r")
-    train_grpo(long, RunDir(run.path, long), policy, QUIET)
+    run_grpo(long, RunDir(run.path, long), policy, QUIET)
     rows = [r for r in run.metrics() if "rollout/reward" in r]
     assert any("train/update_norm" in r and r["train/logit_scale"] > 0 for r in rows)
     unbroken = [r for r in RunDir(finished.path / "grpo", finished.config).metrics() if "rollout/reward" in r]
@@ -299,7 +299,7 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
     """Overlap, with what else it meets: a collective sync, weights in flight, lanes over both engines."""
     grpo = small_config.grpo.model_copy(
         update={
-            "overlap": True,
+            "ahead": 1,
             "max_staleness": 1,
             "steps": 4,
             "eval_every": 3,
@@ -313,7 +313,7 @@ def test_rollouts_one_step_ahead_are_stale_by_one_at_most_and_change_nothing_els
     changed = small_config.model_copy(update=sections)
     config = with_run(changed, tmp_path, "ahead")
     run = RunDir.create(config, "train")
-    train_grpo(config, run, finished.path / "sft" / "final", QUIET)
+    run_grpo(config, run, finished.path / "sft" / "final", QUIET)
     rows = {r["step"]: r for r in run.metrics() if "rollout/reward" in r}
     assert list(rows) == [1, 2, 3, 4]
     assert rows[1]["rollout/staleness"] == 0
@@ -328,7 +328,7 @@ def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, single_co
     policy = finished.path / "sft" / "final"
     coin = single_config.grpo.model_copy(update={"reward": RewardConfig(coin=True), "steps": 1})
     run = RunDir.create(with_run(single_config.model_copy(update={"grpo": coin}), tmp_path, "coin"), "train")
-    train_grpo(run.config, run, policy, QUIET)
+    run_grpo(run.config, run, policy, QUIET)
     (row,) = [r for r in run.metrics() if "rollout/reward" in r]
     assert row["rollout/reward"] > 0
     weights = single_config.weights.model_copy(update={"transport": "none"})
@@ -336,7 +336,7 @@ def test_controls_run_and_a_frozen_engine_is_noticed(finished: RunDir, single_co
     changing = single_config.grpo.model_copy(update={"reward": RewardConfig(coin=True)})
     frozen = with_run(single_config.model_copy(update={"weights": weights, "grpo": changing}), tmp_path, "frozen")
     with pytest.raises(MismatchError, match=r"after sync 0\.1 worker-00 decodes with weights 0\.0"):
-        train_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)
+        run_grpo(frozen, RunDir.create(frozen, "train"), policy, QUIET)
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_all_arms_are_trained_and_compared(finished: RunDir, single_config: Conf
     assert any("sft/loss" in row or "eval/greedy/accuracy" in row for row in trained.metrics())
     before = (tmp_path / "arms" / "grpo-0" / "metrics.jsonl").read_bytes()
     again = run_controls(
-        [file], overrides, policy, finished.path / "data", tokens=2000, seeds=1, arms=["overlap"], bars=QUIET
+        [file], overrides, policy, finished.path / "data", tokens=2000, seeds=1, arms=["ahead"], bars=QUIET
     )
-    assert {o.arm for o in again} == {"grpo", "overlap"}
+    assert {o.arm for o in again} == {"grpo", "ahead"}
     assert (tmp_path / "arms" / "grpo-0" / "metrics.jsonl").read_bytes() == before, "what was complete was run again"

@@ -24,8 +24,8 @@ from apr_ray.rollout.pool import RolloutPool
 from apr_ray.rollout.worker import require_sleep
 from apr_ray.tasks.countdown.task import CountdownTask
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.grpo import train_grpo
-from apr_ray.training.rollouts import sample_trees
+from apr_ray.training.groups import sample_trees
+from apr_ray.training.grpo import run_grpo
 from apr_ray.training.run_dir import RunDir
 
 CPUS = 4.0
@@ -147,7 +147,7 @@ def test_what_can_never_fit_is_refused_before_anything_starts(
     config = changed(small_config, run={"root": str(tmp_path), "name": "r"}, **sections)
     run = RunDir.create(config, "train")
     with pytest.raises(ConfigError) as raised:
-        train_grpo(config, run, checkpoint, ProgressBars(quiet=True))
+        run_grpo(config, run, checkpoint, ProgressBars(quiet=True))
     assert raised.value.what == error
     (section,) = sections
     assert f"{section}." in raised.value.remedy
@@ -186,7 +186,7 @@ def test_a_failed_run_leaves_no_part_behind(
     config = changed(single_config, run={"root": str(tmp_path), "name": "r"}, tracking={"tracker": "none"})
     monkeypatch.setattr("apr_ray.training.grpo.RewardClient", lambda task: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_grpo(config, RunDir.create(config, "train"), checkpoint, ProgressBars(quiet=True))
+        run_grpo(config, RunDir.create(config, "train"), checkpoint, ProgressBars(quiet=True))
     until(is_idle)
 
 
@@ -196,7 +196,7 @@ def test_a_failed_run_leaves_no_part_behind(
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
-        (["grpo.overlap=true", "grpo.max_staleness=1"], "grpo.overlap needs learners and engines at work together"),
+        (["grpo.ahead=1", "grpo.max_staleness=1"], "grpo.ahead needs learners and engines at work together"),
         (["rollout.workers=3"], r"learner.ranks 2, rollout.workers 3"),
         (["engine.name=sglang", "rollout.gpus_per_worker=1"], "learner.gpus_per_rank 0, rollout.gpus_per_worker 1"),
     ],
@@ -285,7 +285,7 @@ def test_two_colocated_steps_are_those_of_parts_with_places_of_their_own(
             tracking={"tracker": "none"},
         )
         run = RunDir.create(config, "train")
-        train_grpo(config, run, checkpoint, ProgressBars(quiet=True))
+        run_grpo(config, run, checkpoint, ProgressBars(quiet=True))
         rows[mode] = [{k: v for k, v in row.items() if not is_about_time(k)} for row in run.metrics()]
         assert slept == ([] if mode == "disaggregated" else ["sleep", "wake"] * 2)
     assert sum("train/loss" in row for row in rows["colocated"]) >= 1

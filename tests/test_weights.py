@@ -226,7 +226,7 @@ def change(learners: LearnerGroup) -> None:
 def test_a_death_that_rollouts_notice_first_does_not_end_the_sync(
     learners: LearnerGroup, pool: RolloutPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `grpo.overlap` the worker is replaced already when the sync learns that it is dead."""
+    """With `grpo.ahead` the worker is replaced already when the sync learns that it is dead."""
     transport = build_transport(weights_config("object_store", tmp_path, timeout_s=6.0))
     version, restarts, send = following(pool), pool.restarts, transport.send
     transport.broadcast(learners, pool, version)

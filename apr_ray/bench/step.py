@@ -24,7 +24,7 @@ from apr_ray.reward.actor import RewardClient
 from apr_ray.rl.batches import grpo_batch
 from apr_ray.tasks.registry import load_task
 from apr_ray.threads.runtime import TreeRequest
-from apr_ray.training.grpo import group
+from apr_ray.training.groups import group
 from apr_ray.weights.check import check_engines
 from apr_ray.weights.registry import build_transport
 from apr_ray.weights.transport import Transport

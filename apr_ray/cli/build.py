@@ -130,12 +130,12 @@ def train(
 ) -> None:
     """Train a policy with GRPO over whole thread trees."""
     from apr_ray.tracking.progress import ProgressBars
-    from apr_ray.training.grpo import train_grpo
+    from apr_ray.training.grpo import run_grpo
     from apr_ray.training.run_dir import find_policy
 
     run = run_folder(config, [*(overrides or []), *_init(init)], resume, "train")
     with begun(run):
-        policy = train_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
+        policy = run_grpo(run.config, run, find_policy(Path(run.config.init_from)), ProgressBars())
     final_table(run.path)
     say_next(f"apr-ray eval {short(policy)}", f"apr-ray trace {short(run.path)}")
 
@@ -178,7 +178,7 @@ def controls(
     ] = 5_000_000,
     seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 3,
     arm: Annotated[
-        Optional[list[str]], typer.Option(help="Compare GRPO with this arm only, or with `overlap`; may be repeated.")
+        Optional[list[str]], typer.Option(help="Compare GRPO with this arm only, or with `ahead`; may be repeated.")
     ] = None,
     config: Files = None,
 ) -> None:

@@ -19,6 +19,8 @@ from apr_ray.config.text import as_typed, field_type, read_override, read_yaml, 
 from apr_ray.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
+MOVED = {"grpo.overlap": "grpo.ahead=1 for true, grpo.ahead=0 for false"}
+"""Keys that had another name, and what stands for them now."""
 SIGN_OF_A_RUN = frozenset({"run", "task", "bounds", "engine"})
 """Sections that every run's config has."""
 
@@ -134,6 +136,8 @@ def _forbid_unknown(kind: Any, options: Mapping[str, Any], prefix: str) -> None:
 
 
 def _unknown_key(path: str, key: str, known: Sequence[str]) -> ConfigError:
+    if path in MOVED:
+        return ConfigError(f"config key {path!r} is no more", f"Write {MOVED[path]}")
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(sorted(known))}"
     return ConfigError(f"unknown config key {path!r}", hint)

@@ -117,10 +117,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _a_drained_worker_has_all_of_its_trees(self) -> Config:
-        if self.grpo.overlap and self.rollout.fan_out == "spread" and self.weights.mode == "drain":
+        if self.grpo.ahead and self.rollout.fan_out == "spread" and self.weights.mode == "drain":
             raise ValueError(
                 "weights.mode drain lets a worker's trees end first, and with rollout.fan_out spread their children run"
-                " on others: with grpo.overlap use weights.mode=pause, or rollout.fan_out=local"
+                " on others: with grpo.ahead use weights.mode=pause, or rollout.fan_out=local"
             )
         return self
 
@@ -139,8 +139,8 @@ class Config(Section):
         learner, rollout = self.learner, self.rollout
         if self.placement.mode != "colocated":
             return self
-        if self.grpo.overlap:
-            raise ValueError("grpo.overlap needs learners and engines at work together, placement.mode is colocated")
+        if self.grpo.ahead:
+            raise ValueError("grpo.ahead needs learners and engines at work together, placement.mode is colocated")
         if learner.ranks != rollout.workers:
             raise ValueError(
                 f"colocated, each rank shares one worker's place: learner.ranks {learner.ranks},"

@@ -235,10 +235,10 @@ class GrpoConfig(Section):
     differ by chance: use it where the engine is below float32 too."""
     max_staleness: Count = 0
     """A tree drawn under weights older than this many versions is not used."""
-    overlap: bool = False
-    """Sample the next step's trees while the learners train on this one's: one version off, so `max_staleness` must be
-    at least 1. Worth it where learners and workers have machines of their own. See `weights.mode` for what becomes of
-    the trees that run when new weights come."""
+    ahead: Count = 0
+    """Steps whose trees are sampled while the learners train on earlier ones': 0 is synchronous, 1 is one step off
+    policy, more is asynchronous. `max_staleness` must be at least as much. Worth it where learners and workers have
+    machines of their own. See `weights.mode` for what becomes of the trees that run when new weights come."""
     eval_every: Positive = 10
     """Steps between evaluations on held-out problems; the best policy is kept."""
     initial_evaluation: bool = True
@@ -250,11 +250,11 @@ class GrpoConfig(Section):
     that policy lies on disk anyway; the last of them, or every one."""
 
     @model_validator(mode="after")
-    def _overlap_is_stale(self) -> GrpoConfig:
-        if self.overlap and self.max_staleness < 1:
-            raise ValueError("overlap samples one version off: max_staleness must be at least 1")
-        if self.overlap and self.refill_rounds:
-            raise ValueError("refill_rounds waits for a step's rewards, and overlap samples the next step meanwhile")
+    def _ahead_is_stale(self) -> GrpoConfig:
+        if self.max_staleness < self.ahead:
+            raise ValueError(f"ahead {self.ahead} samples as many versions off: max_staleness is {self.max_staleness}")
+        if self.ahead and self.refill_rounds:
+            raise ValueError("refill_rounds waits for a step's rewards, and ahead samples the next steps meanwhile")
         return self
 
     @model_validator(mode="after")

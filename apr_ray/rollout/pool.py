@@ -130,7 +130,7 @@ class RolloutPool:
         self.places = places
         self.longest_tree_s = longest_tree_s
         self.replaced: set[str] = set()
-        self.changing = threading.RLock()  # rollouts may run in a thread beside a sync (`grpo.overlap`)
+        self.changing = threading.RLock()  # rollouts may run in a thread beside a sync (`grpo.ahead`)
         self._changed()
 
     @classmethod

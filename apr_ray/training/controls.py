@@ -21,7 +21,7 @@ from apr_ray.metrics.names import mode_name
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.grpo import train_grpo
+from apr_ray.training.grpo import run_grpo
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import ray_session, tracked
 from apr_ray.training.sft import train_sft
@@ -29,7 +29,7 @@ from apr_ray.training.watch import Watch
 
 GRPO, CONTINUED, FROZEN = "grpo", "continued-sft", "frozen-engine"
 CONTROLS = (GRPO, CONTINUED, "rejection", "final-norm", "random-reward", FROZEN)
-ARMS = (*CONTROLS, "overlap")
+ARMS = (*CONTROLS, "ahead")
 """The last is no control: GRPO with rollouts one step ahead, which does as well per step at best, and may be faster."""
 STEPS = 1000
 """Of GRPO at most: its problems are drawn beforehand, and its tokens end it."""
@@ -132,7 +132,7 @@ def _train(arm: str, config: Config, path: Path, policy: Path, data: Path, bars:
         _judge(run, train_sft(run.config, run, data, bars), bars)
     else:
         try:
-            train_grpo(run.config, run, policy, bars)
+            run_grpo(run.config, run, policy, bars)
         except MismatchError as error:
             stopped = error.what
     if (arm == FROZEN) != bool(stopped):

@@ -9,7 +9,7 @@ from apr_ray.data.demonstrations import write_demonstrations
 from apr_ray.placement import training_needs
 from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
-from apr_ray.training.grpo import train_grpo
+from apr_ray.training.grpo import run_grpo
 from apr_ray.training.run_dir import RunDir
 from apr_ray.training.session import ray_session
 from apr_ray.training.sft import train_sft
@@ -28,7 +28,7 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
         with ray_session(config, training_needs(config)):
             if not (grpo / "final").exists():
                 policy = Path(config.init_from)
-                train_grpo(config, _phase(run, "grpo", policy), policy, bars)
+                run_grpo(config, _phase(run, "grpo", policy), policy, bars)
         return grpo
     if not data.exists():
         # A Ray of its own: what Ray Data leaves running would take its share of the cores from all that follows.
@@ -41,7 +41,7 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
         if not policy.exists():
             policy = train_sft(config, _phase(run, "sft"), data, bars)
         if not (grpo / "final").exists():
-            train_grpo(config, _phase(run, "grpo", policy), policy, bars)
+            run_grpo(config, _phase(run, "grpo", policy), policy, bars)
     return grpo
 
 

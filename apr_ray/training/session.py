@@ -1,4 +1,4 @@
-"""What both loops need around them: Ray, a clock that survives resumes, a tracker that is always ended."""
+"""What both loops need around them: Ray, and a tracker that is always ended."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,21 +28,6 @@ CONNECT_S = 5.0
 STARTS = 3
 """Attempts to start a private Ray, which gives its parts 30 s each: on a machine that is busy they may take longer."""
 START_S = 120.0
-
-
-class Clock:
-    """Seconds of training, over all incarnations of a run."""
-
-    def __init__(self, before_s: float) -> None:
-        self.start = time.monotonic() - before_s
-
-    def elapsed_s(self) -> float:
-        """Since the run's first start, pauses left out."""
-        return time.monotonic() - self.start
-
-    def share_of(self, minutes: float | None) -> float:
-        """Elapsed share of a time limit; 0 where there is none."""
-        return self.elapsed_s() / (60 * minutes) if minutes else 0.0
 
 
 def require_startable(config: Config, policy: str | Path | None = None) -> None:

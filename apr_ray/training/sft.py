@@ -24,7 +24,8 @@ from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.registry import load_task
 from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.run_dir import LoopState, RunDir
-from apr_ray.training.session import Clock, ray_session, tracked
+from apr_ray.training.session import ray_session, tracked
+from apr_ray.training.step import Clock
 from apr_ray.training.turns import Turns
 from apr_ray.training.watch import Watch
 from apr_ray.weights.check import check_engines

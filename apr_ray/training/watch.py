@@ -82,3 +82,21 @@ class Watch:
     def _record(self, result: EvalResult, step: int, mode: str) -> None:
         self.log(result.metrics(mode), step)
         self.tracker.log_trees(result.trees[: self.config.evaluation.traced_trees], step)
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Evaluates a loop's policy on its engines, on which nothing else may run meanwhile."""
+
+    watch: Watch
+    pool: RolloutPool
+    reward: RewardClient
+    state: LoopState
+
+    def full(self) -> bool:
+        """See `Watch.full_evaluation`."""
+        return self.watch.full_evaluation(self.pool, self.reward, self.state)
+
+    def quick(self) -> bool:
+        """See `Watch.quick_evaluation`."""
+        return self.watch.quick_evaluation(self.pool, self.reward, self.state)
