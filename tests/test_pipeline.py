@@ -33,7 +33,7 @@ from apr_ray.training.groups import fresh_groups, group, sample_trees
 from apr_ray.training.grpo import run_grpo
 from apr_ray.training.quickstart import run_quickstart
 from apr_ray.training.run_dir import RunDir
-from apr_ray.training.sft import train_sft
+from apr_ray.training.sft import run_sft
 from apr_ray.training.watch import Watch
 from apr_ray.weights.registry import build_transport
 
@@ -93,12 +93,12 @@ def test_a_killed_supervised_run_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(Watch, "log", cut)
     with pytest.raises(KeyboardInterrupt):
-        train_sft(config, run, finished.path / "data", QUIET)
+        run_sft(config, run, finished.path / "data", QUIET)
     monkeypatch.undo()
     found = run.latest()
     assert found is not None
     assert found[1].step == 8
-    policy = train_sft(config, run, finished.path / "data", QUIET)
+    policy = run_sft(config, run, finished.path / "data", QUIET)
     unbroken = finished.path / "sft" / "final"
     assert (policy / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     steps = [r["step"] for r in run.metrics() if "sft/loss" in r]
@@ -113,7 +113,7 @@ def test_a_colocated_supervised_run_learns_the_same_beside_engines_that_sleep(
     config = with_run(small_config, tmp_path, "s")
     config = config.model_copy(update={"placement": PlacementConfig(mode="colocated")})
     run = RunDir.create(config, "sft")
-    policy = train_sft(config, run, finished.path / "data", QUIET)
+    policy = run_sft(config, run, finished.path / "data", QUIET)
     assert [r["step"] for r in run.metrics() if "eval/quick/accuracy" in r] == [6, 12]
     unbroken = finished.path / "sft" / "final"
     assert (policy / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()

@@ -25,7 +25,7 @@ from apr_ray.config import Config
 from apr_ray.core.batch import TrainBatch, TrainSequence, lay_out
 from apr_ray.learner.group import LearnerGroup
 from apr_ray.learner.steps import GrpoStep
-from apr_ray.training.sft import IN_FLIGHT
+from apr_ray.training.feed import IN_FLIGHT
 
 ROWS, WIDTH = 8, 256
 """Of a rank's optimiser step."""

@@ -106,12 +106,12 @@ def sft(
     """Train a policy on demonstrations."""
     from apr_ray.data.demonstrations import require_demonstrations
     from apr_ray.tracking.progress import ProgressBars
-    from apr_ray.training.sft import train_sft
+    from apr_ray.training.sft import run_sft
 
     require_demonstrations(data)
     run = run_folder(config, overrides, resume, "sft")
     with begun(run):
-        policy = train_sft(run.config, run, data, ProgressBars())
+        policy = run_sft(run.config, run, data, ProgressBars())
     last = [row for row in run.metrics() if "sft/loss" in row][-1:]
     rows = [(k, f"{v:,.4g}") for row in last for k, v in row.items() if k != "time"]
     print_table("supervised training", ("metric", "last"), rows)

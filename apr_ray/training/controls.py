@@ -24,7 +24,7 @@ from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.grpo import run_grpo
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import ray_session, tracked
-from apr_ray.training.sft import train_sft
+from apr_ray.training.sft import run_sft
 from apr_ray.training.watch import Watch
 
 GRPO, CONTINUED, FROZEN = "grpo", "continued-sft", "frozen-engine"
@@ -129,7 +129,7 @@ def _train(arm: str, config: Config, path: Path, policy: Path, data: Path, bars:
         return
     stopped = ""
     if arm == CONTINUED:
-        _judge(run, train_sft(run.config, run, data, bars), bars)
+        _judge(run, run_sft(run.config, run, data, bars), bars)
     else:
         try:
             run_grpo(run.config, run, policy, bars)

@@ -12,7 +12,7 @@ from apr_ray.tracking.progress import ProgressBars
 from apr_ray.training.grpo import run_grpo
 from apr_ray.training.run_dir import RunDir
 from apr_ray.training.session import ray_session
-from apr_ray.training.sft import train_sft
+from apr_ray.training.sft import run_sft
 
 
 def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
@@ -39,7 +39,7 @@ def run_quickstart(config: Config, run: RunDir, bars: ProgressBars) -> Path:
     with ray_session(config, training_needs(config)):
         policy = sft / "final"
         if not policy.exists():
-            policy = train_sft(config, _phase(run, "sft"), data, bars)
+            policy = run_sft(config, _phase(run, "sft"), data, bars)
         if not (grpo / "final").exists():
             run_grpo(config, _phase(run, "grpo", policy), policy, bars)
     return grpo

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from apr_ray.config import Config
+from apr_ray.config import Config, SftConfig
 from apr_ray.core.errors import ConfigError
+from apr_ray.core.task import SpawnJoinProtocol
 from apr_ray.core.weights import WeightVersion
 from apr_ray.data.demonstrations import Demonstrations
 from apr_ray.data.sampler import SftSampler
-from apr_ray.evaluation.decisions import decide, decision_points
+from apr_ray.evaluation.decisions import DecisionPoint, decide, decision_points
 from apr_ray.learner.group import LearnerGroup
-from apr_ray.learner.steps import StepStats
 from apr_ray.model.llama import read_config
 from apr_ray.placement import training_needs
 from apr_ray.reward.actor import RewardClient
-from apr_ray.rl.schedules import learning_rate
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.registry import load_task
-from apr_ray.tracking.progress import ProgressBars
+from apr_ray.tracking.progress import Bar, ProgressBars
+from apr_ray.training.feed import Done, Feed, Meter
 from apr_ray.training.run_dir import LoopState, RunDir
 from apr_ray.training.session import ray_session, tracked
-from apr_ray.training.step import Clock
 from apr_ray.training.turns import Turns
 from apr_ray.training.watch import Watch
 from apr_ray.weights.check import check_engines
@@ -33,13 +31,24 @@ from apr_ray.weights.registry import build_transport
 
 DECISION_POINTS = 60
 """Validation problems at whose first decisions P(spawn) is looked at before each checkpoint."""
-IN_FLIGHT = 2
-"""Steps submitted ahead, so that no rank waits for the driver to build the next batch."""
 
 
-def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -> Path:
-    """Train until `sft.tokens` or `sft.max_minutes`; returns the final policy's folder. Resumes where `run` stands."""
-    sft = config.sft
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that works on a supervised run."""
+
+    learners: LearnerGroup
+    feed: Feed
+    watch: Watch
+    judge: _Judge
+    points: Sequence[DecisionPoint]
+    protocol: SpawnJoinProtocol
+    bar: Bar
+
+
+def run_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -> Path:
+    """Train on demonstrations, from `init_from`, from new weights, or from the run's newest checkpoint; returns the
+    final policy's folder."""
     data = Demonstrations.load(data_dir)
     _require_fitting(data, data_dir, config)
     found = run.latest()
@@ -48,6 +57,17 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
     if state.data and state.data != fingerprint:
         raise ConfigError(f"{run.path} was trained on other demonstrations than {data_dir}", "Give those it began with")
     state.data = fingerprint
+    run.truncate_metrics(state.metrics_rows)
+    with parts_of(config, run, data, state, bars) as parts:
+        return train_sft(run, config.sft, parts)
+
+
+@contextmanager
+def parts_of(
+    config: Config, run: RunDir, data: Demonstrations, state: LoopState, bars: ProgressBars
+) -> Iterator[Parts]:
+    """Start all parts; they end with the block, however it ends."""
+    sft, found = config.sft, run.latest()
     task = load_task(config.task)
     protocol = task.protocol(task.tokenizer())
     bins, bin_tokens = _bins(config)
@@ -61,63 +81,57 @@ def train_sft(config: Config, run: RunDir, data_dir: Path, bars: ProgressBars) -
         child_share=sft.child_share,
         position=state.position,
     )
-    run.truncate_metrics(state.metrics_rows)
-    with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as parts:
+    with ray_session(config, training_needs(config)), tracked(config, run, state) as tracker, ExitStack() as ends:
         learners = LearnerGroup.start(config, sft.optimizer, config.init_from)
-        parts.callback(learners.stop)
+        ends.callback(learners.stop)
         watch = Watch(config, run, tracker, bars)
         points = decision_points(task, watch.validation[:DECISION_POINTS], config.run.seed)
         judge = _Judge(config, run, learners, data.first_prompts(config.weights.check_calls))
-        parts.callback(judge.stop)
+        ends.callback(judge.stop)
         if found:
             learners.load(found[0])
         state.precision = state.precision or _precision(config, learners, bars)
-        bf16 = state.precision == "bf16"
-        clock = Clock(state.elapsed_s)
-
-        def done() -> float:
-            return max(state.tokens / sft.tokens, clock.share_of(sft.max_minutes))
-
-        def stops_after(step: int) -> bool:
-            """Whether nothing may be in flight after this step, because the policy is saved or evaluated there."""
-            return step % sft.save_every == 0 or step % sft.eval_every == 0
-
-        pending: deque[tuple[list[object], int]] = deque()
-        submitted = state.step
-        since, trained = time.monotonic(), 0
+        feed = Feed(sft, learners, sampler, state, state.precision == "bf16")
         with bars.bar("supervised", 1.0) as bar:
-            while pending or done() < 1:
-                while done() < 1 and len(pending) < IN_FLIGHT and not (pending and stops_after(submitted)):
-                    batch = sampler.next(done(), sft.child_first_fraction)
-                    rate = learning_rate(sft.optimizer, submitted, done())
-                    pending.append((learners.submit_sft_step(batch, rate, bf16), len(batch.tokens)))
-                    submitted += 1
-                    state.tokens += len(batch.tokens)
-                submission, size = pending.popleft()
-                stats = learners.finish_sft_step(submission)
-                state.step += 1
-                trained += size
-                if state.step % sft.log_every == 0:
-                    speed, since, trained = trained / (time.monotonic() - since), time.monotonic(), 0
-                    done_tokens = state.tokens - sum(size for _, size in pending)
-                    watch.log(_metrics(stats, size, done_tokens, speed), state.step)
-                    note = f"step {state.step}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens"
-                    bar.update(min(1.0, done()), f"{note}  {speed:,.0f}/s  {state.precision}")
-                if pending:
-                    continue
-                last = done() >= 1
-                due = state.step % sft.eval_every == 0 and not last
-                if due or last or state.step % sft.save_every == 0:
-                    state.elapsed_s, state.position = clock.elapsed_s(), dict(sampler.position)
-                    if decided := decide(points, protocol, learners.logprobs):
-                        watch.log({"sft/p_spawn": decided.p_spawn}, state.step)
-                    with run.checkpoint(state) as folder:
-                        learners.save(folder)
-                        if due and judge.finds_better(folder, watch, state):
-                            run.keep_policy(folder / "policy", "best")
+            yield Parts(learners, feed, watch, judge, points, protocol, bar)
+
+
+def train_sft(run: RunDir, sft: SftConfig, parts: Parts) -> Path:
+    """Train until the feed ends; returns the final policy's folder."""
+    learners, feed, watch, state = parts.learners, parts.feed, parts.watch, parts.feed.state
+    meter = Meter(state.tokens)
+    for step in feed.steps():
+        if step.number % sft.log_every == 0:
+            tell(parts, step, meter.read(step.shown))
+        if not step.saves:
+            continue
+
+        if decided := decide(parts.points, parts.protocol, learners.logprobs):
+            watch.log({"sft/p_spawn": decided.p_spawn}, step.number)
+        with run.checkpoint(state) as folder:
+            learners.save(folder)
+            if step.evaluates and parts.judge.finds_better(folder, watch, state):
+                run.keep_policy(folder / "policy", "best")
+
     latest = run.latest()
     assert latest is not None
     return run.keep_policy(latest[0] / "policy", "final")
+
+
+def tell(parts: Parts, step: Done, speed: float) -> None:
+    """A step's metrics and progress; `speed` in tokens a second."""
+    stats, state = step.stats, parts.feed.state
+    metrics = {
+        "sft/loss": stats.loss,
+        "sft/grad_norm": stats.grad_norm,
+        "sft/learning_rate": stats.learning_rate,
+        "sft/tokens": float(step.shown),
+        "sft/tokens_per_s": speed,
+        "sft/padding": 1 - step.tokens / stats.padded_tokens,
+    }
+    parts.watch.log(metrics, step.number)
+    note = f"step {step.number}  loss {stats.loss:.4f}  {state.tokens / 1e6:.2f} M tokens"
+    parts.bar.update(min(1.0, parts.feed.share()), f"{note}  {speed:,.0f}/s  {state.precision}")
 
 
 def _bins(config: Config) -> tuple[int, int]:
@@ -150,17 +164,6 @@ def _require_fitting(data: Demonstrations, data_dir: Path, config: Config) -> No
             f" tokens and {vocab} ids",
             "Make demonstrations with this config: apr-ray data",
         )
-
-
-def _metrics(stats: StepStats, size: int, tokens: int, speed: float) -> dict[str, float]:
-    return {
-        "sft/loss": stats.loss,
-        "sft/grad_norm": stats.grad_norm,
-        "sft/learning_rate": stats.learning_rate,
-        "sft/tokens": float(tokens),
-        "sft/tokens_per_s": speed,
-        "sft/padding": 1 - size / stats.padded_tokens,
-    }
 
 
 class _Judge:
