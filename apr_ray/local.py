@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_ray.config import BoundsConfig, EngineConfig, config_of, load_config
+from apr_ray.core.errors import AprError
 from apr_ray.core.ledger import Problem, ThreadTree
 from apr_ray.core.task import Verdict
 from apr_ray.engines.registry import build_engine
@@ -61,6 +62,12 @@ def solve(
     Raises:
         AprError: no such checkpoint, another vocabulary, a malformed problem, or one without a solution.
     """
+    if not isinstance(model, str | Path):
+        raise AprError(f"model is {model!r}", "Give a checkpoint folder or the name of a shipped policy")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise AprError(f"temperature is {temperature!r}", "Give a number; 0 is greedy")
+    if bounds is not None and not isinstance(bounds, BoundsConfig):
+        raise AprError(f"bounds are {bounds!r}", "Give an apr_ray.config.BoundsConfig, e.g. BoundsConfig(max_depth=1)")
     model = resolve_policy(model)
     if (model / "final").is_dir():
         model = model / "final"

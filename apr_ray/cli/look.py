@@ -96,9 +96,12 @@ def trace(
     text: Annotated[bool, typer.Option("--text", help="Print every thread's text too.")] = False,
 ) -> None:
     """Print one tree as lanes: who decodes, who waits, what joins."""
+    from apr_ray.core.errors import AprError
     from apr_ray.evaluation.lanes import ASCII
     from apr_ray.evaluation.show import describe_tree, recorded_tree
 
+    if problem is not None and number is not None:
+        raise AprError("--problem and --number exclude each other", "The one solves now, the other shows a record")
     if problem is not None:
         from apr_ray.local import solve
         from apr_ray.training.run_dir import find_policy

@@ -35,14 +35,15 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
     for file in files:
         path = Path(file)
         try:
-            data = read_yaml(path.read_text(encoding="utf-8"))
+            data = as_typed(Config, read_yaml(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise ConfigError(f"cannot read config {path}: {error.strerror}", "Check the path") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", "Fix the file") from error
         if data and not isinstance(data, dict):
             raise ConfigError(f"{path} holds {str(data)[:40]!r}", "A config is a mapping of sections")
-        tree = _merge(tree, as_typed(Config, data or {}))
+        tree = _merge(tree, data or {})
+        _parsed(tree, f"{path}: ")
     for override in overrides:
         tree = _merge(tree, _override(override))
     return parse_config(tree)
@@ -50,10 +51,16 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """A plain mapping as a Config. Raises ConfigError naming key, value and remedy."""
+    return _parsed(tree)
+
+
+def _parsed(tree: Mapping[str, Any], where: str = "") -> Config:
+    """`where` stands before an error: the file that was read last."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, Config) from None
+        found = _explain(error, Config)
+        raise ConfigError(where + found.what, found.remedy) from None
 
 
 def parse_options(kind: Any, options: Mapping[str, Any], prefix: str) -> Any:

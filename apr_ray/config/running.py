@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -264,6 +265,9 @@ class TrackingConfig(Section):
     """MLflow experiment."""
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
 class RunConfig(Section):
     """Names, places and seeds."""
 
@@ -271,6 +275,22 @@ class RunConfig(Section):
     """Folder that holds all runs and the MLflow database."""
     name: str | None = None
     """Folder under `root`; made from the command and the time where not given."""
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _a_root_is_given(cls, root: Any) -> Any:
+        if root == "null":
+            raise ValueError("null is no folder; the default is runs")
+        return root
+
+    @field_validator("name")
+    @classmethod
+    def _a_name_is_a_path_below(cls, name: str | None) -> str | None:
+        parts = name.split("/") if name is not None else ["a"]
+        if any(part in ("", ".", "..") or len(part.encode()) > 200 or _CONTROL.search(part) for part in parts):
+            raise ValueError("a name has no control characters, at most 200 bytes, is no . or .. and begins with no /")
+        return name
+
     seed: Seed = 0
     """Decides problems, demonstrations, initial weights and every draw."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from apr_ray.core.engine import LEAST_TEMPERATURE
 
@@ -45,5 +45,14 @@ Gpus = Annotated[Rate, AfterValidator(_part_of_one_or_whole)]
 
 class Section(BaseModel):
     """A part of the tree: unknown keys are errors, values do not change, the text under a field is its description."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is no 1, for the numbers that lists hold neither."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if kind is not bool and (value is True or (isinstance(value, list) and any(v is True for v in value))):
+            raise ValueError("true is no value for it")
+        return value
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)

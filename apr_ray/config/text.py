@@ -40,12 +40,15 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
+            if not isinstance(key.value, str):
+                raise yaml.constructor.ConstructorError(
+                    "in a mapping", node.start_mark, "a key is no text", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     "in a mapping", node.start_mark, f"key {key.value!r} stands twice", key.start_mark
                 )
-            if isinstance(key.value, str):
-                seen.add(key.value)
+            seen.add(key.value)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return {str(key): value for key, value in found.items()}
 

@@ -45,6 +45,13 @@ class Tokenizer(Protocol):
         ...
 
 
+def _plain(value: Any) -> Any:
+    """A numpy number as Python's."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r} is no JSON")
+
+
 VALIDATION = "validation"
 """The split by which checkpoints and settings are chosen."""
 
@@ -301,7 +308,7 @@ class Task(ABC):
         known = [field.name for field in fields(self.problem_type)]
         form = "Give {" + ", ".join(f'"{name}": ...' for name in known) + "}"
         try:
-            problem = self._problem_reader.validate_json(json.dumps(data), strict=True)
+            problem = self._problem_reader.validate_json(json.dumps(data, default=_plain), strict=True)
             if unknown := set(data).difference(known):
                 raise ValueError(f"{unknown.pop()!r} is unknown")
         except (TypeError, ValueError) as error:

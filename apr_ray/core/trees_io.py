@@ -151,11 +151,11 @@ def write_trees(path: Path, trees: Iterable[ThreadTree]) -> None:
 
 def read_trees(path: Path) -> Iterator[ThreadTree]:
     """Read what `write_trees` wrote. Raises AprError naming the line that cannot be read."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 data = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise AprError(f"{path}:{number} is not JSON: {error}", "The file may be cut off") from error
             try:
                 tree = tree_from_json(data)

@@ -42,6 +42,12 @@ def write_policy_folder(policy: Path, run: Path, results: Path, out: Path) -> No
         raise AprError(
             f"{results} holds no results: {error!r}", f"Make them: apr-ray eval {run} --json FILE"
         ) from error
+    weights = policy_fingerprint(policy)
+    if found.get("policy", weights) != weights:  # files before it was kept have none
+        raise AprError(
+            f"{results} is of other weights ({found['policy']}, the run's are {weights})",
+            f"Evaluate the run's: apr-ray eval {run} --json FILE",
+        )
     config = load_config([run / "config.yaml"])
     card = _card(out.name, policy, run, config, found)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

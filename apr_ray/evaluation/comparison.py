@@ -37,7 +37,11 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, list[Thr
         if found:
             last = max(int(match["step"] or 0) for match in found)
             chosen = [match for match in found if int(match["step"] or 0) == (last if step is None else step)]
-            return {match["mode"]: list(read_trees(place / match.string)) for match in chosen}
+            trees = {match["mode"]: list(read_trees(place / match.string)) for match in chosen}
+            for match in chosen:
+                if not trees[match["mode"]]:
+                    raise AprError(f"{place / match.string} holds no tree", "Evaluate again with --out")
+            return trees
     raise AprError(f"{folder} holds no evaluation", "Give a folder that `apr-ray eval --out` wrote, or a run's")
 
 

@@ -15,6 +15,7 @@ from apr_ray.evaluation.causes import causes
 from apr_ray.evaluation.comparison import Change, Evaluation, compare
 from apr_ray.evaluation.decisions import Decisions, decide_by_checkpoint, decision_metrics
 from apr_ray.evaluation.evaluate import eval_parts, evaluate
+from apr_ray.model.llama import policy_fingerprint
 from apr_ray.reward.actor import RewardClient
 from apr_ray.rollout.pool import RolloutPool
 from apr_ray.tasks.registry import load_task
@@ -29,6 +30,7 @@ class Measurement:
     """Of one policy.
 
     Attributes:
+        policy: checksum of its weights, `model.llama.policy_fingerprint`.
         by_mode: metrics of each mode, by the last part of their names.
         trees: judged, by mode.
         decided: None for a task whose demonstrations never spawn.
@@ -36,6 +38,7 @@ class Measurement:
     """
 
     settings: Config
+    policy: str
     by_mode: Mapping[str, Mapping[str, float]]
     trees: Mapping[str, Sequence[ThreadTree]]
     decided: Decisions | None
@@ -51,6 +54,7 @@ class Measurement:
         asked = self.settings.evaluation
         numbers = {f"eval/{mode}/{name}": v for mode, found in self.by_mode.items() for name, v in found.items()}
         data: dict[str, object] = {
+            "policy": self.policy,
             "split": asked.split,
             "problems": asked.problems,
             "samples": asked.samples,
@@ -109,4 +113,4 @@ def measure_policy(settings: Config, policy: Path, before: Evaluation | None, ba
 
     decided = decide_by_checkpoint(policy, task, parts[0].problems[:DECISIONS], settings.run.seed)
     best, changes = compare(before, trees) if before is not None else ("", [])
-    return Measurement(settings, by_mode, trees, decided, best, changes)
+    return Measurement(settings, policy_fingerprint(policy), by_mode, trees, decided, best, changes)

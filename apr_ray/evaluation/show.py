@@ -11,13 +11,17 @@ from apr_ray.evaluation.lanes import render_lanes
 from apr_ray.model.llama import read_task
 from apr_ray.tasks.registry import load_task
 
+NO_TREES = ("metrics.jsonl", "samples.jsonl")
+
 
 def recorded_tree(path: Path, number: int | None = None) -> tuple[ThreadTree, Path | None]:
     """A recorded tree of a run (its last evaluation at the highest temperature) or of a file, and the run's policy.
 
     Raises AprError where there is none.
     """
-    files = [path] if path.is_file() else sorted(path.glob("eval/*.jsonl")) or sorted(path.glob("*/eval/*.jsonl"))
+    patterns = ("eval/*.jsonl", "*/eval/*.jsonl", "*.jsonl")  # a run, a quickstart, what `eval --out` wrote
+    found = (sorted(f for f in path.glob(p) if f.name not in NO_TREES) for p in patterns)
+    files = [path] if path.is_file() else next(filter(None, found), [])
     if not files:
         raise AprError(
             f"no recorded trees in {path}", 'Record some with apr-ray train, or give --problem "3 5 7 -> 22"'

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xxhash
+from pydantic import ValidationError
 
 from apr_ray.config import ModelConfig, TaskConfig
 from apr_ray.core.errors import AprError
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 
 TASK_CARD = "apr_ray.json"
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+"""Of a Llama's `config.json`."""
 
 
 def llama_config(model: ModelConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -67,13 +77,22 @@ def load_weights(checkpoint: str | Path) -> dict[str, np.ndarray[Any, Any]]:
 
     Without `transformers`, whose import takes an engine as long as everything else at its start.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_config(checkpoint)
     files = sorted(Path(checkpoint).glob("model*.safetensors"))
     if not files:
         raise AprError(f"no weights in {checkpoint} (model.safetensors is missing)", "Save them as safetensors")
-    state = {name: tensor.float().numpy() for file in files for name, tensor in load_file(file).items()}
+    state: dict[str, np.ndarray[Any, Any]] = {}
+    for file in files:
+        try:
+            state |= {name: tensor.float().numpy() for name, tensor in load_file(file).items()}
+        except SafetensorError as error:
+            raise AprError(f"{file} is damaged: {error}", "Copy it again, whole (no Git LFS pointer)") from error
+    for name, values in state.items():
+        if not np.isfinite(values).all():
+            raise AprError(f"{checkpoint}: {name} holds a number that is not finite", "Give an earlier checkpoint")
     if config.get("tie_word_embeddings"):
         state.pop("lm_head.weight", None)
     return state
@@ -94,9 +113,24 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint) / "config.json"
     if not path.is_file():
         raise AprError(f"no checkpoint at {checkpoint} (config.json is missing)", "Give a folder that apr-ray wrote")
-    data: dict[str, Any] = json.loads(path.read_text())
+    data = read_json(path)
     if data.get("model_type") != "llama":
         raise AprError(f"{path} is a {data.get('model_type')!r} model", "Only Llama checkpoints are supported")
+    for key in SIZES:
+        if not isinstance(data.get(key), int) or data[key] < 1:
+            raise AprError(f"{path}: {key} is {data.get(key)!r}", "Give a whole checkpoint of a Llama")
+    data.setdefault("rms_norm_eps", 1e-6)  # as transformers does
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file. Raises AprError where it is none."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise AprError(f"{path} is damaged: {error}", "Copy the checkpoint again, whole") from error
+    if not isinstance(data, dict):
+        raise AprError(f"{path} holds no JSON object", "Copy the checkpoint again, whole")
     return data
 
 
@@ -126,8 +160,19 @@ def read_task(checkpoint: str | Path) -> TaskConfig:
     """The task a checkpoint was trained for. Raises AprError where it does not say."""
     path = Path(checkpoint) / TASK_CARD
     if not path.is_file():
-        raise AprError(f"{checkpoint} does not say which task it was trained for ({TASK_CARD} is missing)", "Write one")
-    return TaskConfig.model_validate_json(path.read_text())
+        raise AprError(
+            f"{checkpoint} does not say which task it was trained for ({TASK_CARD} is missing)",
+            'Copy it from the run, or write {"name": "countdown", "options": {}} with the options of the training',
+        )
+    data = read_json(path)
+    try:
+        return TaskConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(map(str, first["loc"])) or "it"
+        raise AprError(
+            f"{path}: {what}: {first['msg']}", "It holds the task's name and options; copy the checkpoint again"
+        ) from error
 
 
 def replace_directory(partial: Path, final: Path) -> None:

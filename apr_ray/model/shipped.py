@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def shipped_names() -> list[str]:
 
 def resolve_policy(name_or_path: str | Path) -> Path:
     """The folder that a shipped policy's name stands for; any other text is a path, and what lies there comes first."""
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if not path.exists() and str(name_or_path) in shipped_names():
         return SHIPPED / str(name_or_path)
     return path

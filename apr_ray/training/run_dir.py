@@ -101,7 +101,7 @@ class RunDir:
             raise AprError(f"run folder {path} exists", "Go on with --resume, or choose another run.name") from error
         except OSError as error:
             shutil.rmtree(path, ignore_errors=True)
-            remedy = "Free space, or choose another run.root"
+            remedy = "Free space" if error.errno == errno.ENOSPC else "Choose another run.root or run.name"
             raise AprError(f"cannot make run folder {path}: {error.strerror}", remedy) from error
         return cls(path, config)
 

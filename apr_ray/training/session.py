@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ from apr_ray.training.run_dir import LoopState, RunDir, flat_params
 
 log = logging.getLogger(__name__)
 CONNECT_S = 5.0
+LONGEST_TMPDIR = 40
+"""Bytes. A socket's path has 107, of which Ray's session folder takes up to 65."""
 STARTS = 3
 """Attempts to start a private Ray, which gives its parts 30 s each: on a machine that is busy they may take longer."""
 START_S = 120.0
@@ -98,6 +101,12 @@ def _cluster(config: Config) -> Iterator[None]:
 
 @contextmanager
 def _private_ray(config: Config) -> Iterator[None]:
+    folder = tempfile.gettempdir()
+    if len(folder.encode()) > LONGEST_TMPDIR:
+        raise AprError(
+            f"TMPDIR {folder} has {len(folder.encode())} bytes, Ray's sockets there leave {LONGEST_TMPDIR}",
+            "Set a shorter one: TMPDIR=/tmp",
+        )
     needed = (
         config.rollout.workers * config.rollout.cpus_per_worker
         + config.learner.ranks * config.learner.cpus_per_rank

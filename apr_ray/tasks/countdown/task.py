@@ -127,7 +127,7 @@ class CountdownTask(Task):
 
     def problem_from_text(self, text: str) -> CountdownProblem:
         """From `3 5 7 -> 22`."""
-        numbers, arrow, target = text.partition("->")
+        numbers, arrow, target = text.replace("\u2192", "->").partition("->")
         parts = numbers.replace(",", " ").split()
         if not arrow or not parts or not all(part.isdecimal() for part in (*parts, target.strip())):
             raise AprError(f"not a Countdown problem: {text[:80]!r}", 'Write it as "3 5 7 -> 22"')

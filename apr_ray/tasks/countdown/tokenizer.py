@@ -176,11 +176,15 @@ def load_tokenizer(directory: str) -> CountdownTokenizer:
     folder = Path(directory)
     if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         raise AprError(f"no tokenizer in {directory}", "Give a checkpoint folder that apr-ray wrote")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        raise AprError(f"the tokenizer in {directory} is damaged: {error}", "Copy the checkpoint again") from error
     names = {}
     for key in ("eos_token", "pad_token"):
         token = config.get(key)
         names[key] = token["content"] if isinstance(token, dict) else token
         if not isinstance(names[key], str):
             raise AprError(f"the tokenizer in {directory} has no {key}", "Add one before training")
-    return CountdownTokenizer(Backend.from_file(str(folder / "tokenizer.json")), names["eos_token"], names["pad_token"])
+    return CountdownTokenizer(backend, names["eos_token"], names["pad_token"])
