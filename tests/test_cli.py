@@ -67,7 +67,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     ("arguments", "message"),
     [
         (["config", "validate", "grpo.stepz=1"], "Did you mean 'steps'?"),
-        (["config", "show", "-c", "nope"], "Presets: control-continued-sft"),
+        (["config", "show", "-c", "nope"], "Presets: control-ahead, control-continued-sft"),
         (["trace", "{checkpoint}", "--problem", "1 1 1 -> 100"], "100 cannot be reached from 1, 1, 1"),
         (["trace", "{checkpoint}", "--problem", "nonsense"], 'Write it as "3 5 7 -> 22"'),
         (["trace", "{tmp}"], "no recorded trees"),
