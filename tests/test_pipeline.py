@@ -236,7 +236,7 @@ def test_results_do_not_depend_on_the_number_of_workers(
             }
         )
         pool = RolloutPool.start(config, str(policy))
-        trees = sample_trees(pool, [problems[i] for i in order], config, step=0)
+        trees = sample_trees(pool, [problems[i] for i in order], config, 0)
         pool.stop()
         assert sum(len(tree.joins) for tree in trees) > 0, "no parent was resumed"
         found.append(
@@ -262,7 +262,7 @@ def test_stale_trees_are_left_out_and_counted(pool: RolloutPool, single_config: 
     """Contracts 4 and 9 on real trees: dispositions add up; trees of another version or incarnation are not used."""
     reward = RewardClient(single_config.task)
     problems = task.problems("train", 3, 0)
-    trees = sample_trees(pool, problems, single_config, step=0)
+    trees = sample_trees(pool, problems, single_config, 0)
     scored = priced(reward.score([p for p in problems for _ in range(2)], trees), RewardConfig())
     reward.stop()
     groups = group(scored, 2)

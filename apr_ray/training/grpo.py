@@ -96,12 +96,13 @@ def parts_of(
         if config.placement.mode == "colocated":
             learners.sleep()  # the engines' turn
 
+        reward = RewardClient(config.task)
+        ends.callback(reward.stop)
+
         # Engines start on the run's first policy, not on a checkpoint: old checkpoints are deleted, and a worker hired
         # later must still find this path.
         pool = RolloutPool.start(config, str(start), beside=learners.places)
-        reward = RewardClient(config.task)
         groups = GroupStream(pool, reward, train, config)
-        ends.callback(reward.stop)
         ends.callback(groups.stop)
         ends.callback(pool.stop)  # callbacks run in reverse: without its pool, the stream's thread ends
 
