@@ -143,11 +143,11 @@ def test_pool_and_engine_alone_decode_the_same_tokens(ray_local: None) -> None:
 
 
 def test_a_step_is_broken_down_whole(ray_local: None) -> None:
-    from apr_ray.bench.step import PHASES, run
+    from apr_ray.bench.step import TIMED, run
 
     result = run(problems=2, group_size=2, steps=1, overrides=("learner.ranks=1", "rollout.workers=1"))
     numbers(result, "step_s", "tokens", "rollout_tokens_per_s")
-    shares = [float(result[f"{name}_share"]) for name in (*PHASES, "rest")]
+    shares = [float(result[f"{name}_share"]) for name in (*TIMED, "rest")]
     assert sum(shares) == pytest.approx(1)
     assert min(shares) >= 0
     assert float(result["delta_logprob_mean"]) < 1e-3

@@ -1,10 +1,16 @@
-"""The generated pages are those of the present code."""
+"""The generated pages are those of the present code; all pages can be read, followed and typed."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
+import pytest
+from test_remedies import COMMANDS, TYPED
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "jobs" / "README.md"]
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -19,3 +25,30 @@ def test_every_configuration_key_says_what_it_means() -> None:
     rows = [line for line in (DOCS / "configuration.md").read_text().splitlines() if line.startswith("| `")]
     assert len(rows) > 80
     assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def paragraphs(text: str) -> list[str]:
+    """Of a page without its fenced code: items of lists and rows of tables are paragraphs of their own."""
+    return re.split(r"\n\s*\n|\n(?=[-|])", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_no_long_paragraph_no_dead_link_and_no_wrong_command(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [p[:60] for p in paragraphs(text) if len(p.split()) > 90] == []
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for name, rest in TYPED.findall(text):
+        group, _, sub = name.partition(" ")
+        command = COMMANDS.commands.get(group)
+        if command is None and " -" not in rest:
+            continue  # prose
+        assert command is not None, name
+        command = command.commands[sub] if sub else command
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h", "--debug"}
+        assert set(re.findall(r"(?<= )--?[a-z][a-z-]*", rest)) <= options, f"apr-ray {name}{rest}"
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split()) <= 700

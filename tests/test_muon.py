@@ -13,7 +13,8 @@ from test_learner import RATE, batches, fresh_policy, run_group, version, weight
 
 from apr_ray.config import Config, LearnerConfig, OptimizerConfig
 from apr_ray.learner.muon import NEWTON_SCHULZ_STEPS, QUINTIC, MuonAdamW, orthogonalised
-from apr_ray.learner.trainer import Trainer, parameter_groups
+from apr_ray.learner.optimizer import parameter_groups
+from apr_ray.learner.trainer import Trainer
 
 MUON = OptimizerConfig(learning_rate=RATE, muon_rate=10 * RATE, weight_decay=0.1)
 

@@ -4,7 +4,7 @@ Batching, the radix cache and sampling are SGLang's. This module translates, and
 `core.engine.Engine` says:
 
 - SGLang ends a request at the checkpoint's end token whether it was asked to or not; a request that did not name it
-  goes on from there (`_Running.part` counts these continuations);
+  goes on from there (`sglang_requests.Running.part` counts these continuations);
 - it aborts by prefix, also where one request is meant: every id that it sees ends with a mark that no prefix has;
 - it tells which version drew which token only at a request's end: the requests that run while weights change are held
   back from then on and come in one piece, cut where the versions meet. An older SGLang does not tell it at all
@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from apr_ray.core.engine import Capabilities, Chunk, EngineStats, FinishReason, 
 from apr_ray.core.errors import AprError, EngineAsleep, PartDied
 from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion
 from apr_ray.engines.requests import context_limit, token_limit
+from apr_ray.engines.sglang_requests import ID_END, Running, sglang_request
 from apr_ray.engines.torch_engine.decoder import DecoderShape
 from apr_ray.model.llama import read_config
 from apr_ray.model.state import check_update
@@ -37,53 +37,10 @@ from apr_ray.model.state import check_update
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ID_END = "#"
-"""Ends every id that SGLang sees. Request ids may not hold it, so no id is another's prefix."""
 IDLE_S = 60.0
 """How long SGLang may take to end what was aborted, before it sleeps or takes weights."""
 SPARE_TOKENS = 6
 """SGLang keeps this much of its context length to itself: a request of `context_tokens` needs that many more."""
-
-
-@dataclass(eq=False)
-class _Running:
-    """A request and what has come of it.
-
-    Attributes:
-        limit: tokens it may sample in all.
-        ids: sampled so far, over all parts.
-        part: how many times it was sent to SGLang, less one.
-        back: set while SGLang does not have it.
-        held: weights changed while it ran; its tokens are kept until SGLang tells their versions.
-        interrupted: SGLang is told to end its present part, for weights to change before the next.
-        version: the weights in force when its present part was sent.
-        ended: its last chunk is out.
-    """
-
-    request: GenerateRequest
-    limit: int
-    chunks: asyncio.Queue[Chunk] = field(default_factory=asyncio.Queue)
-    ids: list[int] = field(default_factory=list)
-    cached: int | None = None
-    part: int = 0
-    back: asyncio.Event = field(default_factory=asyncio.Event)
-    held: bool = False
-    interrupted: bool = False
-    aborted: bool = False
-    ended: bool = False
-    version: WeightVersion = FIRST_VERSION
-    pump: asyncio.Task[None] | None = None
-
-    def __post_init__(self) -> None:
-        self.back.set()
-
-    @property
-    def sent(self) -> bool:
-        return not self.back.is_set()
-
-    @property
-    def sglang_id(self) -> str:
-        return f"{self.request.request_id}{ID_END}{self.part:03d}{ID_END}"
 
 
 class SGLangBase:
@@ -109,7 +66,7 @@ class SGLangBase:
         self.expected = shape.parameter_shapes()
         self.version = FIRST_VERSION
         self.on_death = on_death
-        self.by_id: dict[str, _Running] = {}
+        self.by_id: dict[str, Running] = {}
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "sampled_tokens"), 0)
         self._open = asyncio.Event()  # closed while weights change
         self._open.set()
@@ -160,12 +117,12 @@ class SGLangBase:
             if not running.ended and running.pump is not None:
                 running.pump.cancel()  # on which SGLang aborts it
 
-    def _accept(self, request: GenerateRequest) -> _Running:
+    def _accept(self, request: GenerateRequest) -> Running:
         self._require_awake()
         limit = token_limit(request, self.context_tokens, self.vocab, self.by_id)
         if ID_END in request.request_id:
             raise AprError(f"request id {request.request_id!r} holds a {ID_END!r}", "Leave it out of request ids")
-        running = _Running(request, limit)
+        running = Running(request, limit)
         self.by_id[request.request_id] = running
         self._counts["prompt_tokens"] += len(request.prompt_ids)
         self._loop = asyncio.get_running_loop()
@@ -173,7 +130,7 @@ class SGLangBase:
         running.pump.add_done_callback(lambda task: self._report_failure(running, task))
         return running
 
-    async def _pump(self, running: _Running) -> None:
+    async def _pump(self, running: Running) -> None:
         """Turn SGLang's outputs of one request into chunks, until it ends."""
         while True:
             await self._open.wait()
@@ -188,11 +145,11 @@ class SGLangBase:
                 running.back.set()
             running.part += 1
 
-    async def _run_part(self, running: _Running) -> bool:
+    async def _run_part(self, running: Running) -> bool:
         """Send a request, or what is left of it, to SGLang; False if it is to go on from where SGLang ended it."""
         running.version, running.held, running.interrupted = self.version, False, False
         before, unasked = len(running.ids), False
-        async with contextlib.aclosing(self._outputs(_sglang_request(running))) as outputs:
+        async with contextlib.aclosing(self._outputs(sglang_request(running))) as outputs:
             async for output in outputs:
                 meta = output["meta_info"]
                 ended = meta["finish_reason"]
@@ -219,7 +176,7 @@ class SGLangBase:
         return not unasked
 
     def _finish_reason(
-        self, running: _Running, ended: Mapping[str, Any] | None, ids: Sequence[int]
+        self, running: Running, ended: Mapping[str, Any] | None, ids: Sequence[int]
     ) -> tuple[FinishReason | None, str]:
         """What SGLang's finish reason, which came with the new tokens `ids`, means here; None if a request goes on."""
         if ended is None:
@@ -241,7 +198,7 @@ class SGLangBase:
 
     def _emit(
         self,
-        running: _Running,
+        running: Running,
         ids: list[int],
         logprobs: list[float],
         finish: FinishReason | None,
@@ -259,7 +216,7 @@ class SGLangBase:
 
     def _emit_by_version(
         self,
-        running: _Running,
+        running: Running,
         ids: list[int],
         logprobs: list[float],
         spans: list[Mapping[str, Any]],
@@ -285,7 +242,7 @@ class SGLangBase:
         if finish is not None:
             self._emit(running, [], [], finish, error, version)
 
-    def _report_failure(self, running: _Running, task: asyncio.Task[None]) -> None:
+    def _report_failure(self, running: Running, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._emit(running, [], [], FinishReason.ERROR, f"{type(error).__name__}: {error}")
 
@@ -333,7 +290,7 @@ class SGLangBase:
             await self._until_back(sent)
         await self._apply(staged, version)
 
-    async def _until_back(self, sent: Sequence[_Running]) -> None:
+    async def _until_back(self, sent: Sequence[Running]) -> None:
         try:
             async with asyncio.timeout(IDLE_S):
                 await asyncio.gather(*(running.back.wait() for running in sent))
@@ -413,23 +370,3 @@ def require_success(step: str, success: bool, message: str) -> None:
     """RuntimeError with SGLang's message where it says that a step failed."""
     if not success:
         raise RuntimeError(f"{step}: {message}")
-
-
-def _sglang_request(running: _Running) -> dict[str, Any]:
-    """What is left of a request, as SGLang's native interface has it."""
-    sampling = running.request.sampling
-    return {
-        "rid": running.sglang_id,
-        "input_ids": [*running.request.prompt_ids, *running.ids],
-        "sampling_params": {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k or -1,
-            "top_p": sampling.top_p,
-            "max_new_tokens": running.limit - len(running.ids),
-            "stop_token_ids": sorted(sampling.stop_ids),
-            "ignore_eos": not sampling.stop_ids,  # with stop ids it would ignore those too
-        },
-        "return_logprob": True,
-        "stream": True,
-        "priority": running.request.priority,
-    }

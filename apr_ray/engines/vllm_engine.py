@@ -29,7 +29,7 @@ from apr_ray.core.weights import FIRST_VERSION, WeightUpdate, WeightVersion
 from apr_ray.engines.process_guard import ProcessGuard
 from apr_ray.engines.requests import context_limit, token_limit
 from apr_ray.engines.torch_engine.decoder import DecoderShape
-from apr_ray.engines.vllm_setup import kv_arguments, launch, require_device, require_head_size, shut_down
+from apr_ray.engines.vllm_setup import engine_arguments, launch, require_device, require_head_size, shut_down
 from apr_ray.model.llama import read_config
 from apr_ray.model.state import check_update
 
@@ -135,31 +135,17 @@ class VLLMEngine:
         self._driver: asyncio.Task[None] | None = None
         on_cpu = require_device(device)
         require_head_size(shape, on_cpu)
-        given = server_args or {}
-        tensor_parallel = int(given.get("tensor_parallel_size", 1))
-        several = tensor_parallel * int(given.get("pipeline_parallel_size", 1)) > 1
-        arguments = {
-            "model": str(checkpoint),
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # not the checkpoint's: it would add stop tokens and sampling defaults
-            "dtype": dtype,
-            "max_model_len": self.context_tokens,
-            "max_num_seqs": max_sequences,
-            "enable_prefix_caching": True,
-            "scheduling_policy": "priority",
-            "logprobs_mode": "processed_logprobs",
-            "async_scheduling": False,  # else tokens of a step may come after the next one began
-            "disable_log_stats": True,
-            "seed": 0,
-            "enable_sleep_mode": sleeps and not on_cpu,
-            "worker_extension_cls": "apr_ray.engines.vllm_worker.WorkerExtension",
-            **kv_arguments(shape, dtype, kv_tokens, max_sequences, self.context_tokens, on_cpu, tensor_parallel),
-            # By itself vLLM would ask Ray for workers, in bundles of one GPU; ours holds all of this actor's.
-            **({"distributed_executor_backend": "mp"} if several else {}),
-            # Prefilled in pieces, a request with a seed would need an offset that generators on a CPU have not.
-            **({"enforce_eager": True, "enable_chunked_prefill": False} if on_cpu else {}),
-            **given,
-        }
+        arguments = engine_arguments(
+            checkpoint,
+            shape,
+            server_args or {},
+            max_sequences=max_sequences,
+            context_tokens=self.context_tokens,
+            kv_tokens=kv_tokens,
+            dtype=dtype,
+            sleeps=sleeps and not on_cpu,
+            on_cpu=on_cpu,
+        )
         self.capabilities = replace(self.capabilities, sleeps=sleeps and not on_cpu)
         self._guard = ProcessGuard()  # of worker processes, where vLLM starts some: with more than one GPU
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")

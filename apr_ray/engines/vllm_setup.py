@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch._dynamo
@@ -53,6 +55,45 @@ def require_head_size(shape: DecoderShape, on_cpu: bool) -> None:
             f"vLLM's attention on a CPU has no heads of size {shape.head_size}",
             f"Use a model with one of {', '.join(map(str, CPU_HEAD_SIZES))}: hidden_size / heads",
         )
+
+
+def engine_arguments(
+    checkpoint: str | Path,
+    shape: DecoderShape,
+    given: Mapping[str, Any],
+    *,
+    max_sequences: int,
+    context_tokens: int,
+    kv_tokens: int | None,
+    dtype: str,
+    sleeps: bool,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """vLLM's engine arguments: ours, and the user's on top (`engine.server_args`, which may hold none of ours)."""
+    tensor_parallel = int(given.get("tensor_parallel_size", 1))
+    several = tensor_parallel * int(given.get("pipeline_parallel_size", 1)) > 1
+    return {
+        "model": str(checkpoint),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # not the checkpoint's: it would add stop tokens and sampling defaults
+        "dtype": dtype,
+        "max_model_len": context_tokens,
+        "max_num_seqs": max_sequences,
+        "enable_prefix_caching": True,
+        "scheduling_policy": "priority",
+        "logprobs_mode": "processed_logprobs",
+        "async_scheduling": False,  # else tokens of a step may come after the next one began
+        "disable_log_stats": True,
+        "seed": 0,
+        "enable_sleep_mode": sleeps,
+        "worker_extension_cls": "apr_ray.engines.vllm_worker.WorkerExtension",
+        **kv_arguments(shape, dtype, kv_tokens, max_sequences, context_tokens, on_cpu, tensor_parallel),
+        # By itself vLLM would ask Ray for workers, in bundles of one GPU; ours holds all of this actor's.
+        **({"distributed_executor_backend": "mp"} if several else {}),
+        # Prefilled in pieces, a request with a seed would need an offset that generators on a CPU have not.
+        **({"enforce_eager": True, "enable_chunked_prefill": False} if on_cpu else {}),
+        **given,
+    }
 
 
 def kv_arguments(

@@ -70,14 +70,7 @@ def grpo_batch(
     rated: list[tuple[ThreadTree, list[float]]] = []  # with one advantage per call
     zero_variance = used = 0
     for group in groups:
-        trees = []
-        for tree in group.trees:
-            if tree.outcome in INTERRUPTED:
-                counts = tree.dispositions()
-                dispositions[Disposition.ERROR] += counts.pop(Disposition.TRAINED, 0)
-                dispositions.update(counts)
-            else:
-                trees.append(tree)
+        trees = _trusted(group, dispositions)
         if not trees:
             continue
         used += 1
@@ -94,6 +87,31 @@ def grpo_batch(
         causal = credit == "causal"
         shares = causal_credit(trees) if causal else tree_credit(ADVANTAGES[advantage_kind](rewards), trees)
         rated += zip(trees, shares, strict=True)
+
+    sequences = _sequences(rated, loss_mean, skip_zero_advantage, dispositions)
+    return GrpoBatch(lay_out(sequences), dispositions, zero_variance, used)
+
+
+def _trusted(group: Group, dispositions: Counter[Disposition]) -> list[ThreadTree]:
+    """The trees that say something of the policy; the tokens of the others are counted."""
+    trees = []
+    for tree in group.trees:
+        if tree.outcome in INTERRUPTED:
+            counts = tree.dispositions()
+            dispositions[Disposition.ERROR] += counts.pop(Disposition.TRAINED, 0)
+            dispositions.update(counts)
+        else:
+            trees.append(tree)
+    return trees
+
+
+def _sequences(
+    rated: Sequence[tuple[ThreadTree, list[float]]],
+    loss_mean: LossMean,
+    skip_zero_advantage: bool,
+    dispositions: Counter[Disposition],
+) -> list[TrainSequence]:
+    """The calls to train on, from trees with an advantage per call; all of their tokens are counted."""
     positions_of = [[list(call.trained_positions()) for call in tree.calls] for tree, _ in rated]
     divisors_of = denominators([[len(places) for places in of_tree] for of_tree in positions_of], loss_mean)
     sequences: list[TrainSequence] = []
@@ -104,7 +122,7 @@ def grpo_batch(
             _count(call, dispositions, skipped)
             if positions and not skipped:
                 sequences.append(_call_sequence(call, positions, 1.0 / divisor, advantage, number))
-    return GrpoBatch(lay_out(sequences), dispositions, zero_variance, used)
+    return sequences
 
 
 def _count(call: Call, dispositions: Counter[Disposition], skipped: bool) -> None:
