@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,17 @@ from apr_ray.core.errors import AprError, ConfigError
 from apr_ray.training import session
 
 ROOT = Path(__file__).parents[1]
+OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "PYTHON"}
+"""The environment without that of `make test`, which a make inside it would obey."""
 
 
 def planned(folder: Path, *arguments: str) -> str:
     """The commands that `make venv` would run there."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    done = subprocess.run(["make", "-n", "venv", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "venv", *arguments], cwd=folder, env=OUTSIDE, capture_output=True, text=True, check=True
+    )
     return done.stdout
 
 
@@ -69,7 +74,11 @@ def test_make_refuses_a_python_before_it_downloads_anything(version: str, tmp_pa
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run(
-        ["make", "venv", f"PYTHON={a_python(tmp_path, version)}"], cwd=tmp_path, capture_output=True, text=True
+        ["make", "venv", f"PYTHON={a_python(tmp_path, version)}"],
+        cwd=tmp_path,
+        env=OUTSIDE,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode
     assert f"is Python {version}. Name another: make PYTHON=python3.12" in done.stderr
