@@ -216,8 +216,7 @@ class RolloutWorker:
     ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[WeightVersion, ...]]:
         """A short generation: its ids, their logprobs, and the versions that the engine says they were drawn under.
 
-        `number` is its seed. It goes before all that waits: behind the children of a full worker it took 20 times as
-        many steps as tokens.
+        `number` is its seed. It goes before all that waits: a full worker's children would all come first.
         """
         sampling = SamplingParams(temperature, max_new_tokens=tokens, seed=number)
         request = GenerateRequest(f"check-{number:06d}", prompt, sampling, priority=CHECK_PRIORITY)
