@@ -286,6 +286,45 @@ def test_a_worker_that_hangs_is_named_whoever_dies_beside_it(data: st.DataObject
         assert all(worker.actor.version == 0 for worker in pool.members)
 
 
+class Hasty(Worker):
+    """A worker whom another thread admits between any two looks at it that the pool's lock does not hold together."""
+
+    pool: RolloutPool
+    seen: Any
+
+    @property
+    def joining(self) -> Any:  # type: ignore[override]
+        now = self.seen
+        if not self.pool.changing._is_owned():  # type: ignore[attr-defined]
+            self.seen = None
+        return now
+
+    @joining.setter
+    def joining(self, value: Any) -> None:
+        self.seen = value
+
+
+def test_a_worker_admitted_while_others_are_awaited_is_not_waited_for() -> None:
+    """Else None would reach `ray.wait`, which no Ray takes."""
+    with a_pool(lambda below: 0, 1, deaths=0, restarts=0) as (world, pool):
+        pool._ready()
+        Hasty.pool = pool
+        pool.members.append(pool._invited(Hasty("worker-01", world.hire("", 1))))
+        awaited = pool.members[0].actor.run_tree.remote(7)
+        came: list[Any] = []
+        while not came:
+            came = pool._wait([awaited])
+        assert came == [awaited]
+
+
+def test_a_worker_that_is_ready_holds_on_to_no_weights() -> None:
+    with a_pool(lambda below: 0, 2, deaths=0, restarts=1) as (world, pool):
+        broadcast(pool, 1)
+        world.kill(pool.members[0].actor)
+        list(pool.run(list(range(4))))  # type: ignore[arg-type]
+        assert [worker.given for worker in pool._ready(2)] == [None, None]
+
+
 def test_what_an_actor_imports_uses_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with lasting_imports():

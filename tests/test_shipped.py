@@ -14,7 +14,8 @@ import torch
 import apr_ray
 from apr_ray.config import EngineConfig, load_config
 from apr_ray.core.errors import AprError
-from apr_ray.core.ledger import Problem, ThreadTree
+from apr_ray.core.ledger import SOLVED, Problem, ThreadTree
+from apr_ray.core.task import Verdict
 from apr_ray.engines.registry import build_engine
 from apr_ray.evaluation.card import write_policy_folder
 from apr_ray.model.llama import policy_fingerprint, read_task
@@ -49,6 +50,13 @@ def test_the_shipped_policy_solves_the_readmes_problem() -> None:
     solution = apr_ray.solve(problem, AFTER_RL)
     assert solution, solution.verdict
     assert solution.tree.children > 0
+
+
+def test_solve_writes_the_same_verdict_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the task's own word for it."""
+    monkeypatch.setattr("apr_ray.tasks.countdown.task.CountdownTask.verify", lambda *_: Verdict(True, "well done"))
+    solution = apr_ray.solve("3 5 7 -> 22", AFTER_RL)
+    assert solution.verdict.reason == solution.tree.verdict == SOLVED
 
 
 @pytest.mark.parametrize("name", NAMES)
