@@ -54,8 +54,8 @@ def test_the_shipped_policy_solves_the_readmes_problem() -> None:
 
 def test_solve_writes_the_same_verdict_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the task's own word for it."""
-    monkeypatch.setattr("apr_ray.tasks.countdown.task.CountdownTask.verify", lambda *_: Verdict(True, "well done"))
-    solution = apr_ray.solve("3 5 7 -> 22", AFTER_RL)
+    monkeypatch.setattr("apr_ray.tasks.countdown.task.CountdownTask.verify", lambda *_: Verdict(True, "right"))
+    solution = apr_ray.solve("4 8 18 -> 36", AFTER_RL)
     assert solution.verdict.reason == solution.tree.verdict == SOLVED
 
 
