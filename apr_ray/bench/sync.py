@@ -41,6 +41,7 @@ SIZES = {
 }
 TRANSPORTS = ("object_store", "collective", "shared_memory", "disk")
 ON_A_GPU = ("cuda_ipc",)
+BY_TENSOR = ("per_tensor", "one_by_one")
 ENGINES = 2
 DECODING = 16
 """Requests that run in each engine while weights come in."""
@@ -201,67 +202,104 @@ def _workers(config: Config, checkpoint: str) -> list[Any]:
     return workers
 
 
-def _timed(
-    config: Config, learners: LearnerGroup, pool: RolloutPool, policy: Any, folder: str, repeats: int
-) -> dict[str, float]:
-    packed = pack_weights(trainable_parameters(policy), WeightVersion(0, 0))
-    expected, layout = packed.checksum, packed.specs
-    version = WeightVersion(0, 0)
-    options = {"folder": f"{folder}/weights"}
-    names = (*TRANSPORTS, *(ON_A_GPU if config.learner.gpus_per_rank else ()))
-    transports = {
-        name: build_transport(config.weights.model_copy(update={"transport": name, **options})) for name in names
-    }
+class Senders:
+    """Every way to send the learners' weights to the pool's workers.
 
-    sending: dict[str, list[float]] = {name: [] for name in (*names, "per_tensor", "one_by_one")}
+    Attributes:
+        version: sent last.
+        sending_s: of each way, seconds until all was sent, once per call.
+        checksum: of the weights that the learners hold.
+    """
 
-    def sync(name: str) -> None:
-        nonlocal version
-        version = version.next()
-        sending[name].append(transports[name].broadcast(learners, pool, version).send_s)
+    def __init__(self, config: Config, learners: LearnerGroup, pool: RolloutPool, policy: Any, folder: str) -> None:
+        self.config, self.learners, self.pool = config, learners, pool
+        self.version = WeightVersion(0, 0)
+        packed = pack_weights(trainable_parameters(policy), self.version)
+        self.checksum, self.layout = packed.checksum, packed.specs
 
-    place = Place(("", 0), 0, 1 + ENGINES, 1, "gloo", 60.0)
-    address = ray.get(learners.actors[0].__ray_call__.remote(partial(_open_baseline, place=place)))
-    places = [Place(address, 1 + i, 1 + ENGINES, 1, "gloo", 60.0) for i in range(ENGINES)]
+        names = (*TRANSPORTS, *(ON_A_GPU if config.learner.gpus_per_rank else ()))
+        weights = config.weights.model_copy(update={"folder": f"{folder}/weights"})
+        self.transports = {name: build_transport(weights.model_copy(update={"transport": name})) for name in names}
+        self.sending_s: dict[str, list[float]] = {name: [] for name in (*names, *BY_TENSOR)}
 
-    def gloo() -> None:
-        sent = learners.actors[0].__ray_call__.remote(_send_flat)
-        ray.get(
-            [sent, *(w.receive_flat.remote(p, learners.parameters) for w, p in zip(pool.workers, places, strict=True))]
-        )
+        place = Place(("", 0), 0, 1 + ENGINES, 1, "gloo", 60.0)
+        address = self.ask_rank_0(partial(_open_baseline, place=place))
+        self.places = [Place(address, 1 + i, 1 + ENGINES, 1, "gloo", 60.0) for i in range(ENGINES)]
 
-    def by_tensor(name: str) -> None:
-        nonlocal version
-        version, start = version.next(), time.perf_counter()
-        tensors = ray.get(learners.actors[0].__ray_call__.remote(_put_each))
+    def ways(self) -> dict[str, Callable[[], object]]:
+        """By name, baselines first."""
+        baselines: dict[str, Callable[[], object]] = {"gloo": self.broadcast}
+        baselines |= {name: partial(self.by_tensor, name) for name in BY_TENSOR}
+        return baselines | {name: partial(self.sync, name) for name in self.transports}
+
+    def sync(self, name: str) -> None:
+        """By one of our transports."""
+        self.version = self.version.next()
+        sent = self.transports[name].broadcast(self.learners, self.pool, self.version)
+        self.sending_s[name].append(sent.send_s)
+
+    def broadcast(self) -> None:
+        """One flat broadcast over gloo, which nobody checks or applies."""
+        sent = self.learners.actors[0].__ray_call__.remote(_send_flat)
+        received = [
+            worker.receive_flat.remote(place, self.learners.parameters)
+            for worker, place in zip(self.pool.workers, self.places, strict=True)
+        ]
+        ray.get([sent, *received])
+
+    def by_tensor(self, name: str) -> None:
+        """A call per tensor and worker: all at once, or with `one_by_one` each when the last one's are answered."""
+        self.version, start = self.version.next(), time.perf_counter()
         calls = []
-        for spec, tensor in zip(layout, tensors, strict=True):
-            calls += [worker.take.remote(spec, tensor, learners.parameters) for worker in pool.workers]
+        for spec, tensor in zip(self.layout, self.ask_rank_0(_put_each), strict=True):
+            calls += [worker.take.remote(spec, tensor, self.learners.parameters) for worker in self.pool.workers]
             if name == "one_by_one":
                 ray.get(calls)
         ray.get(calls)
-        sending[name].append(time.perf_counter() - start)
-        ray.get([worker.apply_taken.remote(version, layout, expected) for worker in pool.workers])
+        self.sending_s[name].append(time.perf_counter() - start)
+        ray.get([w.apply_taken.remote(self.version, self.layout, self.checksum) for w in self.pool.workers])
 
-    works: dict[str, Callable[[], object]] = {"gloo": gloo}
-    works |= {name: partial(by_tensor, name) for name in ("per_tensor", "one_by_one")}
-    works |= {name: partial(sync, name) for name in names}
-    times = in_turn(works, repeats)
-    arrived = ray.get([worker.checksums.remote() for worker in pool.workers])
+    def stage(self) -> None:
+        """Bring the next version to the workers, who do not apply it yet."""
+        self.version = self.version.next()
+        update, _ = self.learners.weights(self.version)
+        received = receive(self.pool.membership().workers, update)
+        wait_for_all(received, self.config.weights.timeout_s, "a sync")
+
+    def differing(self) -> int:
+        """How many receivers hold other bytes than were sent, by the baselines before and by each transport now."""
+        sent = (self.checksum, self.checksum)
+        count: int = sum(pair != sent for pair in self.ask_workers("checksums"))
+        for name in self.transports:
+            self.checksum = self.ask_rank_0(_change_weights)
+            self.sync(name)
+            count += sum(held != self.checksum for held in self.ask_workers("held_checksum"))
+        return count
+
+    def ask_rank_0(self, question: Callable[..., Any]) -> Any:
+        """The answer of a function of the learner's actor, run there."""
+        return ray.get(self.learners.actors[0].__ray_call__.remote(question))
+
+    def ask_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """Every worker's answer."""
+        answers: list[Any] = ray.get([getattr(w, method).remote(*arguments) for w in self.pool.workers])
+        return answers
+
+
+def _timed(
+    config: Config, learners: LearnerGroup, pool: RolloutPool, policy: Any, folder: str, repeats: int
+) -> dict[str, float]:
+    senders = Senders(config, learners, pool, policy, folder)
+    times = in_turn(senders.ways(), repeats)
+    sent_s = {name: statistics.median(taken[1:]) for name, taken in senders.sending_s.items()}
+
     without, longer = [], []
     for _ in turns("decoding with and without an update", min(repeats, DECODE_PAIRS)):
-        version = version.next()
-        update, _ = learners.weights(version)
-        wait_for_all(receive(pool.membership().workers, update), config.weights.timeout_s, "a sync")
-        with_update = max(ray.get([worker.decode_s.remote(True) for worker in pool.workers]))
-        without.append(max(ray.get([worker.decode_s.remote(False) for worker in pool.workers])))
+        senders.stage()
+        with_update = max(senders.ask_workers("decode_s", True))
+        without.append(max(senders.ask_workers("decode_s", False)))
         longer.append(with_update - without[-1])
-    differing = sum(pair != (expected, expected) for pair in arrived)
-    for name in names:
-        expected = ray.get(learners.actors[0].__ray_call__.remote(_change_weights))
-        sync(name)
-        differing += sum(held != expected for held in ray.get([w.held_checksum.remote() for w in pool.workers]))
-    sent_s = {name: statistics.median(taken[1:]) for name, taken in sending.items()}
+
     result = {
         "gloo_ms": 1000 * times["gloo"],
         "of_per_tensor": times["per_tensor"] / times["object_store"],
@@ -270,19 +308,19 @@ def _timed(
         "megabytes": 4 * learners.parameters / 1e6,
         "stall_ms": 1000 * statistics.median(longer),
         "decode_without_update_ms": 1000 * statistics.median(without),
-        "learner_peak_mb": ray.get(learners.actors[0].__ray_call__.remote(lambda actor: peak_mb())),
-        "worker_peak_mb": max(ray.get([worker.peak_mb.remote() for worker in pool.workers])),
-        "differing_receivers": float(differing),
+        "differing_receivers": float(senders.differing()),
+        "learner_peak_mb": senders.ask_rank_0(lambda actor: peak_mb()),
+        "worker_peak_mb": max(senders.ask_workers("peak_mb")),
     }
-    if config.learner.gpus_per_rank:
-        result |= ray.get(learners.actors[0].__ray_call__.remote(_copies_ms))
-    for name in sending:
+    for name in senders.sending_s:
         result |= {
             f"{name}_ms": 1000 * times[name],
             f"{name}_send_ms": 1000 * sent_s[name],
             f"of_gloo_{name}": times["gloo"] / times[name],
         }
-    for transport in transports.values():
+    if config.learner.gpus_per_rank:
+        result |= senders.ask_rank_0(_copies_ms)
+    for transport in senders.transports.values():
         transport.close()
     return result
 
