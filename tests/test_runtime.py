@@ -3,121 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
+from scripted_trees import (
+    FINAL,
+    HAPPY,
+    NOTHING,
+    OPEN,
+    PROBLEM,
+    ROOT,
+    SOLVED,
+    TOKENIZER,
+    Script,
+    child,
+    ids,
+    resumed,
+    root,
+    run,
+    spawn,
+)
 
 from apr_ray.config import BoundsConfig
-from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest
-from apr_ray.core.errors import AprError
+from apr_ray.core.engine import FinishReason
 from apr_ray.core.ledger import Disposition, JoinOutcome, Outcome, ThreadTree
-from apr_ray.core.task import ChildResult
 from apr_ray.engines.scripted_engine import Reply, ScriptedEngine
-from apr_ray.tasks.countdown.problem import CountdownProblem
 from apr_ray.tasks.countdown.protocol import CountdownProtocol
-from apr_ray.tasks.countdown.tokenizer import build_tokenizer
 from apr_ray.tasks.countdown.verifier import verify_solution
 from apr_ray.threads.events import CallEnded, CallStarted, Joined, Spawned, ThreadEvent, TokensSampled, TreeEnded
 from apr_ray.threads.runtime import TreeRequest, run_tree
-
-TOKENIZER = build_tokenizer()
-PROBLEM = CountdownProblem((3, 5, 7), 22)
-ROOT = "Moving to Node #0\nCurrent State: 22:[3, 5, 7], Operations: []"
-OPEN = """
-Exploring Operation: 3*5=15, Resulting Numbers: [7, 15]
-Generated Node #0,0: 22:[7, 15] Operation: 3*5=15
-Exploring Operation: 3+5=8, Resulting Numbers: [7, 8]
-Generated Node #0,1: 22:[7, 8] Operation: 3+5=8
-"""
-SOLVED = """
-Exploring Operation: 7+15=22, Resulting Numbers: [22]
-22,22 equal: Goal Reached
-Moving to Node #0,0
-Current State: 22:[7, 15], Operations: ['3*5=15']
-Exploring Operation: 7+15=22, Resulting Numbers: [22]
-22,22 equal: Goal Reached
-"""
-FINAL = """22,22 equal: Goal Reached
-Moving to Node #0
-Current State: 22:[3, 5, 7], Operations: []
-Exploring Operation: 3*5=15, Resulting Numbers: [7, 15]
-Generated Node #0,0: 22:[7, 15] Operation: 3*5=15
-Moving to Node #0,0
-Current State: 22:[7, 15], Operations: ['3*5=15']
-Exploring Operation: 7+15=22, Resulting Numbers: [22]
-22,22 equal: Goal Reached
-"""
-NOTHING = "\nNo solution found.\n"
-
-
-def spawn(*nodes: str, level: int = 1) -> str:
-    lines = [f"<Start Sub Search {i} at level {level}> Moving to Node {node}" for i, node in enumerate(nodes)]
-    return "\n".join(["<Calling Sub Searches>", *lines, "<End Calling Sub Searches>"]) + "\n"
-
-
-def ids(text: str) -> list[int]:
-    return [*TOKENIZER.encode(text), TOKENIZER.eos_id]
-
-
-class Script:
-    """Replies by what the prompt is: `rules` are (test on the prompt's text, reply), the first that fits is used up
-    unless it is the last of its kind."""
-
-    def __init__(self, *rules: tuple[Callable[[str], bool], Reply]) -> None:
-        self.rules = list(rules)
-
-    def __call__(self, request: GenerateRequest) -> Reply:
-        text = TOKENIZER.decode(request.prompt_ids)
-        for fits, reply in self.rules:
-            if fits(text):
-                return reply
-        raise AssertionError(f"no rule for {text!r}")
-
-
-def root(text: str) -> bool:
-    return text == ROOT
-
-
-def child(node: str) -> Callable[[str], bool]:
-    return lambda text: text.startswith(f"Moving to Node {node}\n")
-
-
-def resumed(times: int) -> Callable[[str], bool]:
-    return lambda text: text.startswith(ROOT) and text.count("<End Sub Searches>") == times
-
-
-def run(
-    script: Callable[[GenerateRequest], Reply],
-    bounds: BoundsConfig | None = None,
-    max_depth: int = 1,
-    context_tokens: int = 4096,
-    events: list[ThreadEvent] | None = None,
-) -> tuple[ThreadTree, ScriptedEngine]:
-    engine = ScriptedEngine(script, context_tokens)
-    protocol = CountdownProtocol(TOKENIZER, max_depth=max_depth)
-    tree = asyncio.run(
-        run_tree(
-            engine,
-            protocol,
-            TreeRequest(PROBLEM),
-            bounds or BoundsConfig(),
-            tree_id="t",
-            listener=None if events is None else events.append,
-        )
-    )
-    assert engine.active == {}, "a request was left in the engine"
-    assert sum(tree.dispositions().values()) == tree.total_tokens == engine.sampled
-    return tree, engine
-
-
-HAPPY = (
-    (root, Reply(ids(OPEN + spawn("#0,1", "#0,0")))),
-    (child("#0,0"), Reply(ids(SOLVED))),
-    (child("#0,1"), Reply(ids(NOTHING))),
-    (resumed(1), Reply(ids(FINAL))),
-)
 
 
 def test_spawn_children_join_answer() -> None:
@@ -302,89 +216,6 @@ def test_the_clock_ends_a_tree_and_its_children() -> None:
     aborted = [c for c in tree.calls if c.finish is FinishReason.ABORTED]
     assert [c.path for c in aborted] == [(1,)]
     assert tree.dispositions()[Disposition.ABORTED] == aborted[0].sampled_tokens
-
-
-def test_a_failing_engine_is_an_outcome_for_the_root_and_no_solution_for_a_child() -> None:
-    fails = Reply(ids("\nNo solution found.\n")[:2], fails=True)
-    tree, _ = run(Script((root, fails)))
-    assert (tree.outcome, tree.detail) == (Outcome.ENGINE_ERROR, "scripted failure")
-    assert tree.dispositions() == {Disposition.ERROR: 2}
-    tree, _ = run(Script(HAPPY[0], (child("#0,0"), fails), *HAPPY[2:]))
-    assert tree.joins[0].reasons == ("", "engine_error")
-
-
-class Raising(ScriptedEngine):
-    """Raises for one thread, after its first chunk."""
-
-    def __init__(self, script: Callable[[GenerateRequest], Reply], thread: tuple[int, ...], error: Exception) -> None:
-        super().__init__(script)
-        self.thread, self.error = thread, error
-
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        async with aclosing(super().generate(request)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
-                yield replace(chunk, finish=None) if request.thread == self.thread else chunk
-                if request.thread == self.thread:
-                    raise self.error
-
-
-def run_on(engine: ScriptedEngine) -> ThreadTree:
-    protocol = CountdownProtocol(TOKENIZER)
-    return asyncio.run(run_tree(engine, protocol, TreeRequest(PROBLEM), BoundsConfig(), tree_id="t"))
-
-
-@pytest.mark.parametrize("error", [TimeoutError("no answer"), RuntimeError("CUDA error"), KeyError("rid"), OSError(5)])
-def test_whatever_an_engine_raises_is_an_outcome_and_no_time_limit(error: Exception) -> None:
-    """Faults 5: its own TimeoutError became `bound_time` after 0 s, anything else in a child an ExceptionGroup."""
-    tree = run_on(Raising(Script(*HAPPY), (), error))
-    assert (tree.outcome, tree.detail) == (Outcome.ENGINE_ERROR, repr(error))
-    tree = run_on(Raising(Script(*HAPPY), (0,), error))
-    assert tree.joins[0].reasons == ("engine_error", "")
-    assert tree.outcome is Outcome.ANSWERED
-
-
-def test_a_stream_that_ends_without_saying_why_is_a_failed_engine() -> None:
-    class Mute(ScriptedEngine):
-        async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-            async with aclosing(super().generate(request)) as chunks:  # type: ignore[type-var]
-                async for chunk in chunks:
-                    yield replace(chunk, finish=None)
-
-    tree = run_on(Mute(Script(*HAPPY)))
-    assert (tree.outcome, tree.detail) == (Outcome.ENGINE_ERROR, "the engine's stream ended without a finish reason")
-
-
-def test_a_protocols_error_in_a_child_reads_as_the_roots_would() -> None:
-    class Broken(CountdownProtocol):
-        def read_child(self, context: Sequence[int], sampled: Sequence[int]) -> ChildResult:
-            raise AprError("a task's own error", "")
-
-    with pytest.raises(AprError, match="a task's own error"):
-        asyncio.run(
-            run_tree(
-                ScriptedEngine(Script(*HAPPY)), Broken(TOKENIZER), TreeRequest(PROBLEM), BoundsConfig(), tree_id="t"
-            )
-        )
-
-
-def test_a_child_that_is_aborted_joins_as_cancelled() -> None:
-    """Faults 12: it joined as "No Solution", which its parent may believe."""
-    endless = Reply(ids("\n")[:1], endless=True)
-    engine = ScriptedEngine(Script(HAPPY[0], (child("#0,0"), endless), *HAPPY[2:]), context_tokens=10**6)
-    bounds = BoundsConfig(max_call_tokens=10**6, max_tree_tokens=10**7)
-
-    async def main() -> ThreadTree:
-        whole = asyncio.create_task(
-            run_tree(engine, CountdownProtocol(TOKENIZER), TreeRequest(PROBLEM), bounds, tree_id="t")
-        )
-        while not [name for name in engine.active if name.startswith("t/001/")]:  # noqa: ASYNC110  its own state
-            await asyncio.sleep(0)
-        await engine.abort("t/001/")
-        return await whole
-
-    tree = asyncio.run(main())
-    assert (tree.joins[0].outcomes[1], tree.joins[0].reasons[1]) == (JoinOutcome.CANCELLED, "aborted")
-    assert "<Cancelled Sub Search 1 at level 1 at Node #0,0>" in tree.final_text
 
 
 def test_the_models_own_join_tag_is_replaced_by_a_spawn() -> None:
