@@ -52,3 +52,11 @@ def test_a_page_has_no_long_paragraph_no_dead_link_and_no_wrong_command(page: Pa
 def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split()) <= 700
+
+
+def test_the_afternoons_path_is_eight_files_that_one_reads_in_an_afternoon() -> None:
+    path = re.findall(r"^\| \d \| `([^`]+)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    assert len(path) == 8
+    lines = sum(len((ROOT / "apr_ray" / name).read_text().splitlines()) for name in path)
+    assert abs(lines - 1900) < 100, "say so in the page"
+    assert lines <= 3000
