@@ -1,4 +1,4 @@
-"""What a machine has, and what is missing for what. Every line is looked up, none is assumed."""
+"""A machine's equipment, and what each missing part is needed for. Every line is looked up, none is assumed."""
 
 from __future__ import annotations
 

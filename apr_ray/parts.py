@@ -1,4 +1,4 @@
-"""What all actors have in common: how they start, where each logs, and the error that names a dead one."""
+"""Shared by all actors: how they start, where each logs, and the error that names a dead one."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ from apr_ray.core.errors import ConfigError
 log = logging.getLogger(__name__)
 WAIT_REPORT_S = 5.0
 LEAST_CPUS = 0.01
-"""What a group reserves for an actor that asks for nothing: it must reserve something."""
+"""CPUs reserved for an actor that asks for nothing: a group must reserve something."""
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the actors of one part reserve: `count` times `cpus` and `gpus`. `keys` are where the config says so."""
+    """The reservation of one part's actors: `count` times `cpus` and `gpus`. `keys` are where the config says so."""
 
     part: str
     count: int
@@ -73,12 +73,12 @@ def worker_need(config: Config) -> Need:
 
 
 def _least(workers: Need, config: Config) -> Need:
-    """What must be there before they begin."""
+    """Reservations that must be met before they begin."""
     return replace(workers, count=config.rollout.min_workers or workers.count)
 
 
 def training_needs(config: Config) -> list[Need]:
-    """What must be there before training begins."""
+    """Reservations that must be met before training begins."""
     own = [] if config.placement.mode == "colocated" else [_least(worker_need(config), config)]
     return [learner_need(config), *own]
 

@@ -33,7 +33,7 @@ from apr_ray.threads.events import CallEnded, Listener, Spawned, ThreadEvent, To
 from apr_ray.threads.runtime import TreeRequest, run_tree
 
 Replies = Mapping[tuple[int, ...], tuple[int, ...]]
-"""What follows each prompt."""
+"""The reply to each prompt."""
 
 
 @dataclass(frozen=True, slots=True)

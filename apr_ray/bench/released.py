@@ -143,7 +143,7 @@ class TextCalls:
 
 @contextmanager
 def released_way(config: Config, checkpoint: str, url: str, concurrent: int) -> Iterator[tuple[RunTrees, TextCalls]]:
-    """What runs trees on the server there, so many at a time, and what its calls came to."""
+    """Runs trees on the server there, so many at a time, and keeps the results of its calls."""
     task = load_task(config.task)
     tokenizer = task.load_tokenizer(checkpoint)
     protocol = task.protocol(tokenizer)

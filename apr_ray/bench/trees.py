@@ -56,7 +56,7 @@ LONG_TOKENS = 20
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one way did with all trees.
+    """Measurements of one way to run all trees.
 
     Attributes:
         cpu_s: see `timing.cpu_seconds`.

@@ -1,4 +1,4 @@
-"""What the commands share: the application, their options, and how they print."""
+"""Shared by the commands: the application, their options, and how they print."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def final_table(grpo: Path) -> None:
 
 
 def say_next(*lines: str) -> None:
-    """What a person may want to do now."""
+    """Commands that a person may want to run next."""
     out = console(stderr=False)
     out.print("next:", highlight=False)
     for line in lines:

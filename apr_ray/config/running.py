@@ -1,4 +1,4 @@
-"""What runs beside the learners: engines, workers, weight sync, evaluation, tracking; and where all of it runs."""
+"""Settings of engines, workers, weight sync, evaluation, tracking, and of where all of it runs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> EngineConfig:
-        """What an engine would not even look at, and whose absence would be noticed late."""
+        """Refuse settings that the chosen engine would ignore in silence."""
         ignored = {"torch": ["kv_tokens"], "sglang_server": SERVERS_OWN}.get(self.name, [])
         for key in ignored if self.name == "torch" else [*ignored, "deterministic"]:
             value, default = getattr(self, key), type(self).model_fields[key].default

@@ -1,4 +1,4 @@
-"""What all sections of the settings are, and the numbers that they are made of."""
+"""The base class of all settings, and the types of their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained, and how."""
+"""Settings of the model, its data, the learners and both training phases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What learners are fed: ragged token sequences with per-token weights that already hold every denominator."""
+"""Input of the learners: ragged token sequences with per-token weights that already hold every denominator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = {
     "behaviour_logprobs": np.float32,
     "versions": np.int32,
 }
-"""What a sequence has per token, besides its ids."""
+"""Per-token columns of a sequence, besides its ids."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine can do; what it lacks is "n/a" to its users, never faked.
+    """Capabilities of an engine; what it lacks is "n/a" to its users, never faked.
 
     Attributes:
         seeds: a request's draws depend on its seed alone.

@@ -31,7 +31,7 @@ class Problem(Protocol):
 
 
 class Disposition(StrEnum):
-    """What becomes of a sampled token in training."""
+    """The fate of a sampled token in training."""
 
     TRAINED = "trained"
     ABORTED = "aborted"
@@ -138,7 +138,7 @@ class JoinOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """What the children of one spawn round brought back.
+    """The joins of one spawn round's children.
 
     Attributes:
         outcomes: one per child, in spawn order.

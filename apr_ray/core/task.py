@@ -1,4 +1,4 @@
-"""What a task gives the rest of the system, and how its threads spawn and join.
+"""The interface of a task to the rest of the system, and how its threads spawn and join.
 
 A task is a subclass of `Task`, its threads' rules one of `SpawnJoinProtocol`; what is abstract there has to be written,
 the rest has a default. `tests/second_task.py` is a whole task.
@@ -107,7 +107,7 @@ class ThreadEnd:
 
 @dataclass(frozen=True, slots=True)
 class ChildResult:
-    """What a child brought back: `message` is what it joins with, "" unless solved."""
+    """Result of a child: `message` is the text of its join, "" unless solved."""
 
     outcome: JoinOutcome
     message: str = ""
@@ -134,11 +134,11 @@ class SpawnJoinProtocol(ABC):
 
     @abstractmethod
     def read_call(self, context: Sequence[int], sampled: Sequence[int], depth: int) -> SpawnRequest | ThreadEnd:
-        """What the end of a finished call asks for; `context` is its prompt. Never raises on what a model wrote."""
+        """The request at the end of a finished call; `context` is its prompt. No text of a model makes it raise."""
 
     @abstractmethod
     def read_child(self, context: Sequence[int], sampled: Sequence[int]) -> ChildResult:
-        """What a child that ended by itself joins with."""
+        """The join of a child that ended by itself."""
 
     @abstractmethod
     def join_ids(self, request: SpawnRequest, results: Sequence[ChildResult], depth: int) -> tuple[int, ...]:

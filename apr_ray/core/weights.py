@@ -138,7 +138,7 @@ class WeightTransport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one broadcast cost: until every worker had the weights, and from there until every engine ran them."""
+    """Seconds of one broadcast: until every worker had the weights, and from there until every engine ran them."""
 
     version: WeightVersion
     total_s: float

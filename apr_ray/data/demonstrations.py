@@ -35,7 +35,7 @@ HOST = re.sub(r"\W", "_", socket.gethostname())
 
 @dataclass(frozen=True, slots=True)
 class DataSummary:
-    """What a demonstration set holds.
+    """Contents of a demonstration set.
 
     Attributes:
         trees: solver runs kept; `solved` of them reached the target; `dropped` were longer than the context.

@@ -1,4 +1,4 @@
-"""What every engine refuses before it decodes."""
+"""Checks of a request that every engine makes before it decodes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ LOGPROB = -0.5
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the engine samples for one request.
+    """The engine's output for one request.
 
     Attributes:
         token_ids: sampled in order; a stop id among them ends the request there.

@@ -1,4 +1,4 @@
-"""What is common to an SGLang engine in this process and a client of an SGLang server: requests become chunks.
+"""Shared by the SGLang engine in this process and the client of an SGLang server: requests become chunks.
 
 Batching, the radix cache and sampling are SGLang's. This module translates, and makes good where SGLang does less than
 `core.engine.Engine` says:
@@ -178,7 +178,7 @@ class SGLangBase:
     def _finish_reason(
         self, running: Running, ended: Mapping[str, Any] | None, ids: Sequence[int]
     ) -> tuple[FinishReason | None, str]:
-        """What SGLang's finish reason, which came with the new tokens `ids`, means here; None if a request goes on."""
+        """SGLang's finish reason, which came with the new tokens `ids`, as ours; None if the request goes on."""
         if ended is None:
             return None, ""
         last = ids[-1] if ids else None  # an abort or the limit hides that a stop token came with it

@@ -55,7 +55,7 @@ class Running:
 
 
 def sglang_request(running: Running) -> dict[str, Any]:
-    """What is left of a request, as SGLang's native interface has it."""
+    """The rest of a request, in the form of SGLang's native interface."""
     sampling = running.request.sampling
     return {
         "rid": running.sglang_id,

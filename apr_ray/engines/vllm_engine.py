@@ -67,7 +67,7 @@ class _Running:
 
 
 class _Sampled(NamedTuple):
-    """What one step drew for one request."""
+    """The tokens of one step for one request."""
 
     key: str
     ids: list[int]

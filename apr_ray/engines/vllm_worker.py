@@ -1,4 +1,4 @@
-"""What `VLLMEngine` adds to vLLM's worker, wherever vLLM runs it (its `worker_extension_cls`)."""
+"""Methods that `VLLMEngine` adds to vLLM's worker, wherever vLLM runs it (its `worker_extension_cls`)."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class AuditReport:
 
 @dataclass(slots=True)
 class _Sums:
-    """What a pass over the calls adds up to. `deltas`: |Δ logprob| of every token drawn under the batch's weights;
+    """Sums of a pass over the calls. `deltas`: |Δ logprob| of every token drawn under the batch's weights;
     `trained_deltas`: of every token that carries loss, `trained` tokens in all, `cut` of them with a cut weight.
     `sizes`: of loss and slope, what their terms come to without their signs."""
 

@@ -38,7 +38,7 @@ def carries_loss(call: Call) -> list[int]:
 
 
 def chosen(call: Call) -> dict[int, tuple[int, float]]:
-    """What the policy chose at each position, with its logprob then: where a token was replaced, the one it sampled."""
+    """The policy's choice at each position, with its logprob: where a token was replaced, the one that was sampled."""
     pairs = enumerate(zip(call.sampled_ids, call.logprobs, strict=False))  # unequal lengths are a fault of their own
     kept = {i: pair for i, pair in pairs if i not in call.forced}
     taken_back = {r.position: (r.token_id, r.logprob) for r in call.replaced}

@@ -12,7 +12,7 @@ NAMED = frozenset({Ending.CUT_OFF, Ending.INVALID_SPAWN, Ending.FAILED_ENGINE})
 
 
 def thread_texts(tree: ThreadTree, tokenizer: Tokenizer) -> list[str]:
-    """What each thread had read and written at its end, the root parent's first."""
+    """The whole text of each thread at its end, read and written; the root parent's first."""
     last: dict[Path, Call] = {}
     for call in tree.calls:  # in the order (path, segment)
         last[call.path] = call

@@ -77,7 +77,7 @@ def paired(before: Mapping[str, float], after: Mapping[str, float]) -> Interval:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one mode became.
+    """One mode, before and after.
 
     Attributes:
         over_yardstick: accuracy less that of the policy before at its best temperature.

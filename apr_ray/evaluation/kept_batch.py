@@ -34,7 +34,7 @@ LAST_WITH_SLOW_TREES = 5
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What the learner reported of its first inner step; `delta_*` over trained tokens, in nats; `cut` counts those
+    """The learner's report of its first inner step; `delta_*` over trained tokens, in nats; `cut` counts those
     whose importance weight was truncated or masked; `slope` is `StepStats.slope`, None where it was not kept."""
 
     loss: float

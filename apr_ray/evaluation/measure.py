@@ -1,4 +1,4 @@
-"""What `apr-ray eval` measures of a policy: numbers and trees of every mode, why trees fail, the decision to spawn."""
+"""The measurements of `apr-ray eval`: numbers and trees of every mode, why trees fail, the decision to spawn."""
 
 from __future__ import annotations
 

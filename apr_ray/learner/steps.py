@@ -1,4 +1,4 @@
-"""A step of training as it is asked for, and what it tells."""
+"""Arguments and results of one optimiser step."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ METRICS: tuple[Metric, ...] = (
 )
 
 HOLES = {r"\{mode\}": "[a-z0-9.-]+", r"\{reason\}": "[a-z0-9_-]+", r"\{age\}": "[0-9]+"}
-"""What stands in a name's place holders, as patterns."""
+"""A pattern for each place holder of a name."""
 
 _PATTERN = re.compile(
     "|".join(

@@ -24,7 +24,7 @@ from apr_ray.rl.credit import causal_credit, tree_credit
 Credit = Literal["tree", "causal"]
 """How the calls of a tree share its advantage; see `config.GrpoConfig.credit`."""
 LossMean = Literal["call", "tree", "token"]
-"""What a GRPO loss is a mean of; see `config.GrpoConfig.loss_mean`."""
+"""The unit that a GRPO loss is a mean of; see `config.GrpoConfig.loss_mean`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _count(call: Call, dispositions: Counter[Disposition], skipped: bool) -> Non
 
 
 def denominators(tokens: Sequence[Sequence[int]], loss_mean: LossMean) -> list[list[int]]:
-    """What the loss of each token of a call is divided by, where call c of tree t has `tokens[t][c]` of them. Calls
+    """The divisor of each token's loss, by tree and call, where call c of tree t has `tokens[t][c]` of them. Calls
     without any count nowhere."""
     if loss_mean == "call":
         counts = [sum(map(bool, calls)) for calls in tokens]

@@ -90,7 +90,7 @@ def _keys(tree: ThreadTree) -> dict[Place, tuple[Hashable, Hashable]]:
 
 
 def _messages(tree: ThreadTree) -> dict[Path, Hashable]:
-    """What each child joined with; none for one whose tree ended before."""
+    """The message and outcome that each child joined with; none where the tree ended before."""
     joins = {(join.path, join.segment): join for join in tree.joins}
     out: dict[Path, Hashable] = {}
     for spawn in tree.spawns:

@@ -10,7 +10,7 @@ from apr_ray.core.ledger import ThreadTree
 
 
 def price_of(tree: ThreadTree, prices: RewardConfig) -> float:
-    """What a judged tree is worth in training."""
+    """The reward of a judged tree."""
     price: float = getattr(prices, tree.ending.value)
     return price
 

@@ -167,7 +167,7 @@ class RolloutPool:
         return [worker.actor for worker in self.members]
 
     def membership(self) -> Membership:
-        """Who is ready now; waits until someone is."""
+        """The workers that are ready now; waits until at least one is."""
         ready = self._ready()
         return Membership(self.epoch, tuple(ready))
 
@@ -220,12 +220,12 @@ class RolloutPool:
                     yield index, answer
 
     def everywhere(self, call: Callable[[Any], Any]) -> list[Any]:
-        """What each ready worker answers to `call(actor)`; one that dies meanwhile is replaced and gives none."""
+        """The answers of all ready workers to `call(actor)`; one that dies meanwhile is replaced and gives none."""
         answers = self._answers({call(worker.actor): (i, worker) for i, worker in enumerate(self._ready())})
         return [answers[i] for i in sorted(answers)]
 
     def _answers(self, running: dict[Any, tuple[int, Worker]], timeout_s: float | None = None) -> dict[int, Any]:
-        """What these calls came to, by number; a worker that dies is replaced, its calls have no answer."""
+        """The answers to these calls, by number; a worker that dies is replaced, and its calls have no answer."""
         answers = {}
         end = time.monotonic() + timeout_s if timeout_s is not None else math.inf
         while running:

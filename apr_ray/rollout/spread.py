@@ -105,6 +105,6 @@ def _end_of(request: GenerateRequest, sampled: tuple[int, ...]) -> FinishReason 
 
 
 def _rest_of(request: GenerateRequest, sampled: tuple[int, ...]) -> GenerateRequest:
-    """What is left of a request of which some tokens are there: a draw depends on its position, not on the request."""
+    """The rest of a request that has some of its tokens: a draw depends on its position, not on the request."""
     left = replace(request.sampling, max_new_tokens=request.sampling.max_new_tokens - len(sampled))
     return replace(request, prompt_ids=(*request.prompt_ids, *sampled), sampling=left)

@@ -151,7 +151,7 @@ class RolloutWorker:
             )
 
     def listener(self) -> Listener | None:
-        """Who hears the events of the next tree."""
+        """The listener for the next tree's events."""
         return None
 
     async def meet(self, index: int, workers: Sequence[Any]) -> None:

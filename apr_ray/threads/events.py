@@ -1,4 +1,4 @@
-"""What a running tree tells whoever listens: a progress lane, later a web page."""
+"""Events of a running tree, for a listener: a progress lane, later a web page."""
 
 from __future__ import annotations
 

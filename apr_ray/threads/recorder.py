@@ -81,7 +81,7 @@ class Recorder:
         self.logprobs[position] = 0.0
 
     def call(self) -> Call:
-        """What was recorded so far, as if it ended now."""
+        """The call as recorded so far, as if it ended now."""
         now = time.time()
         return Call(
             path=self.path,

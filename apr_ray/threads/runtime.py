@@ -234,7 +234,7 @@ class _Tree:
         return [results[path] for path in paths]
 
     def result_of(self, ended: _ThreadEnded) -> ChildResult:
-        """What a child joins with: a child that failed or was cut off has no solution, and the reason is kept."""
+        """The message of a child's join: a child that failed or was cut off has no solution, and the reason is kept."""
         if ended.end.outcome in (Outcome.ANSWERED, Outcome.NO_ANSWER):
             return self.protocol.read_child(ended.context, ended.sampled)
         if ended.end.outcome is Outcome.CANCELLED:

@@ -1,4 +1,4 @@
-"""What both loops need around them: Ray, and a tracker that is always ended."""
+"""The surroundings of both loops: a Ray session, and a tracker that is always ended."""
 
 from __future__ import annotations
 

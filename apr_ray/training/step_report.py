@@ -1,4 +1,4 @@
-"""What a GRPO step is held to, and what is told of it: metrics, the batch for the audit, and when to stop."""
+"""The report of a GRPO step: its metrics, its batch for the audit, and the checks that may end the run."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from apr_ray.training.run_dir import LoopState, RunDir
 
 @dataclass(frozen=True)
 class Watch:
-    """What a loop tells its run folder and its tracker, and how good its policy is on problems it never trains on.
+    """Logs metrics to run folder and tracker, and evaluates the policy on problems that it never trains on.
 
     `best/` is chosen on validation problems alone: the test set is only read.
     """

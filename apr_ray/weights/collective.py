@@ -267,8 +267,8 @@ class CollectiveSource:
 
 
 class _Receiver:
-    """What a worker keeps from version to version: its end of the group, and two shared buffers by turns (the other one
-    holds the version that runs, for whoever joins late)."""
+    """State that a worker keeps from version to version: its end of the group, and two shared buffers by turns. The
+    other one holds the version that runs, for a worker that is admitted late."""
 
     def __init__(self, place: Place) -> None:
         host, port = place.address

@@ -40,7 +40,7 @@ class GpuSink:
     handles: list[tuple[Any, ...]] = field(default_factory=list)
     """By which other processes map the buffers, as torch names them."""
     version: WeightVersion | None = None
-    """What the first of them holds, or will when it is written."""
+    """The version in the first of them, or about to be written there."""
 
     def open(self) -> None:
         """Memory is taken when the size is known."""

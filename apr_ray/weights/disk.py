@@ -54,7 +54,7 @@ class FileSink:
     folder: str
     kept: list[Path] = field(default_factory=list)
     flat: np.ndarray[Any, Any] | None = None
-    """What is gathered, until it is written."""
+    """Pieces that are gathered and not yet written."""
 
     def open(self) -> None:
         """Make the folder."""

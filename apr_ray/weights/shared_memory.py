@@ -33,7 +33,7 @@ class MemorySink:
 
     buffers: list[np.ndarray[Any, Any]] = field(default_factory=list)
     version: WeightVersion | None = None
-    """What the first of them holds, or will when it is written."""
+    """The version in the first of them, or about to be written there."""
 
     def open(self) -> None:
         """Memory is taken when the size is known."""

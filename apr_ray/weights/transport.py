@@ -1,4 +1,4 @@
-"""What all transports share: every worker gets a version beside its decoding, and only then do all put it to work.
+"""Shared by all transports: every worker gets a version beside its decoding, and only then do all put it to work.
 
     learners ─▶ sink (rank 0) ~~~ carrier ~~~▶ source (each worker) ─▶ staged │ all have it │ ─▶ engine.update_weights
 

@@ -98,7 +98,7 @@ SOSP_PAPER = SolverOptions(beam_low=1, beam_high=5, child_beam_high=5, promising
 
 @dataclass(frozen=True, slots=True)
 class AprTrace:
-    """What the APR solver wrote.
+    """Output of the APR solver.
 
     Attributes:
         segments: the parent's calls as (prompt, completion); all but the last completion end in a spawn block.

@@ -26,7 +26,7 @@ TOKEN_BIN = 512
 
 @dataclass(frozen=True, slots=True)
 class CountdownOptions:
-    """What `task.options` may hold for Countdown.
+    """`task.options` of Countdown.
 
     Attributes:
         method: APR's threads, or SoS+'s search in one thread (the paper's baseline).

@@ -119,7 +119,7 @@ def _check_joins(report: VectorReport, tokenizer: CountdownTokenizer, rows: list
 
 
 def _check_verdicts(report: VectorReport, tokenizer: CountdownTokenizer, rows: list[Any], name: str) -> None:
-    """What is accepted here is accepted there, and the other way round."""
+    """Both verifiers accept the same answers."""
     for number, row in enumerate(rows):
         states = [e for e in parse_trace(row["prefix"]).events if isinstance(e, State)]
         problem = CountdownProblem(states[0].numbers, states[0].target)

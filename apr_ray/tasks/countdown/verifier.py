@@ -41,7 +41,7 @@ def verify_solution(problem: CountdownProblem, text: str) -> Verdict:
 
 
 def extract_answer(text: str) -> str | None:
-    """What follows the second last `x,y equal: Goal Reached` line; None where there are fewer than two.
+    """The text after the second last `x,y equal: Goal Reached` line; None where there are fewer than two.
 
     Only whole lines of that form count: the words inside a join tag do not.
     """
