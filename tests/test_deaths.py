@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import psutil
 import pytest
 import ray
 from by_heart import learn_by_heart
+from configs import changed
 
 from apr_ray.config import Config, WeightsConfig, to_yaml
 from apr_ray.core.batch import TrainSequence, lay_out
@@ -45,10 +46,6 @@ from apr_ray.weights.registry import build_transport
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 GONE_S = 60.0
-
-
-def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
-    return config.model_copy(update={k: getattr(config, k).model_copy(update=v) for k, v in sections.items()})
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from configs import changed
 from idle_parts import IdleRank, IdleWorker
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
@@ -33,10 +34,6 @@ CPUS = 4.0
 MEANWHILE_S = 60.0
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 pytestmark = pytest.mark.usefixtures("idle_ray")
-
-
-def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
-    return config.model_copy(update={k: getattr(config, k).model_copy(update=v) for k, v in sections.items()})
 
 
 def until(what: Callable[[], Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_requests import CheckedEngine, collect, engine_of, greedy, ids_of, logprobs_of, reference, request, run_all
 
-from apr_ray.core.engine import Chunk, FinishReason, GenerateRequest, SamplingParams
-from apr_ray.core.errors import AprError, EngineAsleep, WeightsRejected
-from apr_ray.core.weights import WeightVersion, layout_of
+from apr_ray.core.engine import Chunk, FinishReason, SamplingParams
+from apr_ray.core.errors import AprError, EngineAsleep
 from apr_ray.engines.torch_engine import TorchEngine
 from apr_ray.engines.torch_engine import engine as engine_module
 from apr_ray.engines.torch_engine import rows as rows_module
 from apr_ray.engines.torch_engine.decoder import Decoder, Span
 from apr_ray.engines.torch_engine.rows import passes
 from apr_ray.engines.torch_engine.sampler import Sampling, sample, uniforms
-from apr_ray.model.llama import load_policy, load_weights
-from apr_ray.model.state import flatten, pack_weights, trainable_parameters
+from apr_ray.model.llama import load_policy
 
 VOCAB = 57
 
@@ -35,83 +34,6 @@ VOCAB = 57
 @pytest.fixture(scope="module")
 def policy(checkpoint: Path) -> Any:
     return load_policy(checkpoint)
-
-
-def engine_of(checkpoint: Path, **options: Any) -> TorchEngine:
-    return TorchEngine.from_checkpoint(
-        checkpoint, **{"max_sequences": 6, "cache_slots": 4, "stream_interval": 5, **options}
-    )
-
-
-def request(
-    name: str, prompt: Sequence[int], tokens: int = 12, temperature: float = 0.0, **options: Any
-) -> GenerateRequest:
-    priority = options.pop("priority", 0)
-    return GenerateRequest(name, tuple(prompt), SamplingParams(temperature, max_new_tokens=tokens, **options), priority)
-
-
-async def collect(engine: TorchEngine, asked: GenerateRequest) -> list[Chunk]:
-    return [chunk async for chunk in engine.generate(asked)]
-
-
-def run_all(engine: TorchEngine, requests: Sequence[GenerateRequest]) -> list[list[Chunk]]:
-    async def main() -> list[list[Chunk]]:
-        return list(await asyncio.gather(*(collect(engine, r) for r in requests)))
-
-    return asyncio.run(main())
-
-
-def ids_of(chunks: Sequence[Chunk]) -> list[int]:
-    return [i for c in chunks for i in c.token_ids]
-
-
-def logprobs_of(chunks: Sequence[Chunk]) -> list[float]:
-    return [lp for c in chunks for lp in c.logprobs]
-
-
-def reference(policy: Any, prompt: Sequence[int], sampled: Sequence[int], temperature: float) -> np.ndarray[Any, Any]:
-    """Logprobs of `sampled` from one plain forward pass, in float32."""
-    with torch.no_grad():
-        logits = policy(torch.tensor([[*prompt, *sampled]])).logits[0] / temperature
-    logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
-    return logprobs.gather(1, torch.tensor(list(sampled))[:, None])[:, 0].numpy()
-
-
-def greedy(policy: Any, prompt: Sequence[int], tokens: int) -> list[int]:
-    """The likeliest token, one full forward pass each. (`generate` would hold back the end token.)"""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(tokens):
-            ids.append(int(policy(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-class CheckedEngine(TorchEngine):
-    """Asserts, at every step, what the engine's module promises of its rows."""
-
-    cohorts_seen = 0
-
-    def _forward(self) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
-        rows, n = self.rows, len(self.rows.active)
-        cohorts, lengths = rows.cohorts[:n], rows.lengths[:n]
-        assert (np.diff(cohorts) <= 0).all()
-        assert [running.row for running in rows.active] == list(range(n))
-        for running in rows.active:
-            params, first = running.request.sampling, len(running.request.prompt_ids)
-            assert rows.ends[running.row] == first + running.max_new
-            assert set(rows.stop_ids[running.row]) - {-1} == set(params.stop_ids)
-            places = np.arange(first, first + running.max_new, dtype=np.uint64)
-            draws = uniforms(np.array([params.seed], dtype=np.uint64), places)
-            assert (rows.draws[running.row, first : rows.ends[running.row]] == draws).all()
-        for cohort in np.unique(cohorts):
-            assert np.ptp(lengths[cohorts == cohort]) < rows.cohort_tokens
-        self.cohorts_seen = max(self.cohorts_seen, len(np.unique(cohorts)))
-        count = lengths - rows.kv_lengths[:n]
-        afresh = rows._cut(count)
-        result = super()._forward()
-        if count.sum() == n:
-            assert rows._decoding == afresh
-        return result
 
 
 @settings(max_examples=12)
@@ -272,9 +194,6 @@ def test_deterministic_mode_refuses_a_machine_whose_rows_differ(
         engine_of(checkpoint, deterministic=True)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
@@ -388,111 +307,6 @@ def test_a_step_that_fails_later_loses_no_token_and_the_next_request_none_either
     assert (ids_of(chunks), logprobs_of(chunks)) == (ids_of(whole)[:7], logprobs_of(whole)[:7])
     [again] = run_all(engine, [request("b", [5], 20)])
     assert (ids_of(again), logprobs_of(again)) == (ids_of(whole), logprobs_of(whole))
-
-
-def test_weights_that_do_not_fit_leave_the_old_ones_whole(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0, dtype="bfloat16").decoder
-    before = decoder.embed, decoder.head, decoder.final_norm, decoder.layers
-    layout = layout_of(sorted(decoder.shape.parameter_shapes().items()))  # k before q: not stacked yet
-    flat = flatten(load_weights(checkpoint), layout)
-    made, real = 0, torch.cat
-
-    def cat(*given: Any, **options: Any) -> torch.Tensor:
-        nonlocal made
-        made += 1
-        if made == 2:
-            raise torch.OutOfMemoryError("no room")
-        return real(*given, **options)
-
-    monkeypatch.setattr(torch, "cat", cat)
-    with pytest.raises(torch.OutOfMemoryError):
-        decoder.load(flat, layout)
-    assert (decoder.embed, decoder.head, decoder.final_norm, decoder.layers) == before
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_slots_that_do_not_fit_into_memory_are_refused_with_their_size(checkpoint: Path, dtype: str) -> None:
-    with pytest.raises(
-        AprError, match=r"1000000000 slots of 768 tokens take \d+\.\d GB, which the machine lacks\. Lower"
-    ):
-        TorchEngine.from_checkpoint(checkpoint, max_sequences=10**9, cache_slots=0, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("order", [list, sorted])
-def test_weights_are_taken_in_any_order_and_on_a_cpu_where_they_lie(
-    checkpoint: Path, dtype: str, order: Callable[[Any], list[tuple[str, tuple[int, ...]]]]
-) -> None:
-    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0, dtype=dtype)
-    decoder, state = engine.decoder, load_weights(checkpoint)
-    layout = layout_of(order(decoder.shape.parameter_shapes().items()))
-    flat = flatten({name: 2 * part for name, part in state.items()}, layout)
-    decoder.load(flat, layout)
-    assert (decoder.flat is flat) == (dtype == "float32")
-    if dtype == "float32":
-        lies_there = [np.shares_memory(flat, matrix.numpy()) for matrix in decoder.layers[1]]
-        assert lies_there == [True, order is list, True, True, True, True]
-    for matrix, pattern, parts in (
-        (decoder.embed, "model.embed_tokens.weight", [""]),
-        (decoder.layers[1][1], "model.layers.1.self_attn.{}_proj.weight", ["q", "k", "v"]),
-        (decoder.layers[1][4], "model.layers.1.mlp.{}_proj.weight", ["gate", "up"]),
-        (decoder.final_norm, "model.norm.weight", [""]),
-    ):
-        stacked = np.concatenate([state[pattern.format(part)] for part in parts])
-        torch.testing.assert_close(matrix, 2 * torch.tensor(stacked).to(matrix.dtype))
-
-
-def test_an_update_is_copied_to_where_the_weights_before_the_present_ones_were(checkpoint: Path) -> None:
-    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0)
-    parameters = [(name, torch.tensor(part)) for name, part in load_weights(checkpoint).items()]
-    memory = [engine.decoder.flat]
-    for counter in range(1, 5):
-        update = pack_weights([(name, counter * part) for name, part in parameters], WeightVersion(0, counter))
-        asyncio.run(engine.update_weights(update))
-        held, flat = update.flat.copy(), engine.decoder.flat
-        update.flat[:] = np.nan  # the engine has its own
-        assert flat is not None
-        np.testing.assert_array_equal(flat, held)
-        memory.append(flat)
-    assert memory[0] is memory[2] is memory[4]
-    assert memory[1] is memory[3]
-
-
-def test_a_refused_update_leaves_the_weights_that_run_alone(checkpoint: Path) -> None:
-    engine = TorchEngine.from_checkpoint(checkpoint, max_sequences=4, cache_slots=0)
-    parameters = [(name, torch.tensor(part)) for name, part in load_weights(checkpoint).items()]
-    asyncio.run(engine.update_weights(pack_weights(parameters, WeightVersion(0, 1))))
-    running = engine.decoder.flat
-    assert running is not None
-    before = running.copy()
-    bad = pack_weights([(name, 3 * part) for name, part in parameters], WeightVersion(0, 2))
-    bad.flat[-1] = np.inf
-    with pytest.raises(WeightsRejected):
-        asyncio.run(engine.update_weights(bad))
-    assert engine.decoder.flat is running
-    np.testing.assert_array_equal(running, before)
-
-
-def test_a_checkpoint_is_read_as_transformers_reads_it_and_a_broken_one_is_named(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    expected = {name: p.detach().numpy() for name, p in trainable_parameters(load_policy(checkpoint))}
-    found = load_weights(checkpoint)
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array)
-    broken = tmp_path / "broken"
-    shutil.copytree(checkpoint, broken)
-    state = load_file(broken / "model.safetensors")
-    state["model.norm.weight"] = state["model.norm.weight"][:-1].clone()
-    save_file(state, broken / "model.safetensors")
-    with pytest.raises(AprError, match=r"model\.norm\.weight is \(63,\), its config\.json says \(64,\)"):
-        TorchEngine.from_checkpoint(broken)
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(AprError, match=r"model\.safetensors is missing"):
-        TorchEngine.from_checkpoint(broken)
 
 
 def test_an_idle_engine_waits_for_what_comes_one_by_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
